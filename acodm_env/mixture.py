@@ -1,0 +1,183 @@
+"""From an agent's action to a mixture and back, bounds on mixtures, and whole sequences from fractions."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from acodm_env.errors import ConfigError
+from acodm_env.trainer import Array
+
+_TIE = 1e-9  # sequences; smaller differences are rounding, not remainders
+
+
+def check_weights(weights: object, num_domains: int, name: str = "weights") -> Array:
+    """Return `weights` as a (K,) mixture summing to 1.
+
+    Raises:
+        ConfigError: wrong length, NaN or infinite, negative, or all zero.
+    """
+    try:
+        array = np.asarray(weights, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{name}={weights}: must be {num_domains} numbers") from error
+    if array.shape != (num_domains,):
+        raise ConfigError(
+            f"{name}={weights}: must hold {num_domains} numbers, one per domain; got shape {array.shape}"
+        )
+    if not np.isfinite(array).all():
+        raise ConfigError(f"{name}={array.tolist()}: must be finite; NaN comes from a diverged mixer or loss")
+    if (array < 0).any() or array.sum() <= 0:
+        raise ConfigError(f"{name}={array.tolist()}: must be non-negative with a positive sum")
+    total: Array = array / array.sum()
+    return total
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActionMap:
+    """α = (1−ε)·softmax(log prior + c·a) + ε/K for an action a in [−1, 1]^K (method: action, "ours").
+
+    The scale c bounds how far an agent can tilt the prior (e^{2c} between two domains), the floor ε/K keeps
+    every domain alive.
+    """
+
+    scale: float = 2.0
+    """c, > 0."""
+    floor: float = 0.1
+    """ε in [0, 1): share of the mixture spread evenly."""
+    prior: tuple[float, ...] | None = None
+    """Mixture (K,) of the zero action; None is uniform."""
+
+    def __post_init__(self) -> None:
+        if not (np.isfinite(self.scale) and self.scale > 0):
+            raise ConfigError(f"scale={self.scale}: must be a positive number")
+        if not 0 <= self.floor < 1:
+            raise ConfigError(f"floor={self.floor}: must be in [0, 1)")
+        if self.prior is not None and min(self.prior) <= 0:
+            raise ConfigError(f"prior={self.prior}: must be positive everywhere; use the floor for rare domains")
+
+    def weights(self, action: Array) -> Array:
+        """Mixture (K,) of an action (K,), which is clipped to [−1, 1]."""
+        action = np.clip(np.asarray(action, dtype=np.float64), -1.0, 1.0)
+        logits = self._log_prior(len(action)) + self.scale * action
+        soft = np.exp(logits - logits.max())
+        mixture: Array = (1 - self.floor) * soft / soft.sum() + self.floor / len(action)
+        return mixture
+
+    def action(self, weights: Array) -> tuple[Array, float]:
+        """Action (K,) nearest to a mixture, and the largest error of a weight after clipping into range."""
+        num_domains = len(weights)
+        soft = np.maximum((weights - self.floor / num_domains) / (1 - self.floor), 1e-12)
+        logits = (np.log(soft / soft.sum()) - self._log_prior(num_domains)) / self.scale
+        centred = logits - (logits.max() + logits.min()) / 2  # a softmax does not see a common shift
+        action: Array = np.clip(centred, -1.0, 1.0)
+        return action, float(np.abs(self.weights(action) - weights).max())
+
+    def _log_prior(self, num_domains: int) -> Array:
+        if self.prior is None:
+            return np.zeros(num_domains)
+        log_prior: Array = np.log(check_weights(self.prior, num_domains, "prior"))
+        return log_prior
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """Limits on a mixture, applied by Euclidean projection onto {w : min ≤ w ≤ max, Σw = 1}."""
+
+    minimum: tuple[float, ...] | None = None
+    """Smallest weight per domain (K,)."""
+    maximum: tuple[float, ...] | None = None
+    """Largest weight per domain (K,)."""
+    max_epochs: float | None = None
+    """Passes over a domain after which its maximum is 0."""
+
+    def project(self, weights: Array, epochs: Array | None = None) -> Array:
+        """The allowed mixture (K,) nearest to `weights`, given the `epochs` (K,) done so far.
+
+        Raises:
+            ConfigError: no mixture satisfies the limits.
+        """
+        num_domains = len(weights)
+        low = np.zeros(num_domains) if self.minimum is None else np.asarray(self.minimum, dtype=np.float64)
+        high = np.ones(num_domains) if self.maximum is None else np.asarray(self.maximum, dtype=np.float64)
+        if low.shape != weights.shape or high.shape != weights.shape:
+            raise ConfigError(f"minimum, maximum: must hold {num_domains} numbers, one per domain")
+        if self.max_epochs is not None and epochs is not None:
+            spent = epochs >= self.max_epochs
+            low, high = np.where(spent, 0.0, low), np.where(spent, 0.0, high)
+        if (low > high).any() or low.sum() > 1 + 1e-12 or high.sum() < 1 - 1e-12:
+            raise ConfigError(
+                f"minimum={low.tolist()}, maximum={high.tolist()}: no mixture fits between them; "
+                f"lower the minima, raise the maxima or allow more than max_epochs={self.max_epochs}"
+            )
+        if (weights >= low).all() and (weights <= high).all():
+            return weights
+        left, right = (low - weights).min() - 1.0, (high - weights).max() + 1.0
+        for _ in range(100):  # the sum of clip(w + shift) grows with the shift: bisect it to 1
+            shift = (left + right) / 2
+            too_much = np.clip(weights + shift, low, high).sum() > 1
+            left, right = (left, shift) if too_much else (shift, right)
+        projected: Array = np.clip(weights + right, low, high)
+        return projected / projected.sum()
+
+
+class Composer:
+    """Whole sequences per domain from fractional weights, so that nothing is lost to rounding.
+
+    Largest remainder with carry: what a domain is owed or has had too much of goes into the next batch. Among
+    the domains with a remainder, the seats left over go to those that would otherwise be a whole sequence
+    behind *soonest* — (1 − remainder) / rate, ties by index — and not to the largest remainder: with the
+    deadline rule the cumulative error of every domain stays below one sequence for constant weights (unit jobs
+    with release times and deadlines; earliest deadline first is optimal and a schedule exists, Tijdeman 1980),
+    which plain largest remainder does not guarantee for more than three domains.
+    """
+
+    def __init__(self, num_domains: int):
+        self.carry: Array = np.zeros(num_domains)
+
+    def compose(self, weights: Array, batch_size: int, masked: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
+        """Counts (K,), non-negative and summing to `batch_size`.
+
+        Args:
+            weights: mixture (K,), summing to 1.
+            batch_size: sequences in the batch.
+            masked: bool (K,); a masked domain gets nothing and its carry is forgotten.
+        """
+        weights = check_weights(weights, len(self.carry))
+        if masked is not None:
+            self.carry[masked] = 0.0
+            weights = check_weights(np.where(masked, 0.0, weights), len(weights))
+        wanted = self.carry + weights * batch_size
+        nearest = np.round(wanted)
+        wanted = np.where(np.abs(wanted - nearest) < _TIE, nearest, wanted)
+        counts = np.maximum(np.floor(wanted), 0.0)
+        seats = round(batch_size - counts.sum())
+        with np.errstate(divide="ignore", invalid="ignore"):
+            deadline = np.where(wanted > counts, (1.0 - (wanted - counts)) / weights, np.inf)
+        deadline[weights == 0] = np.inf
+        order = np.argsort(np.round(deadline, 9), kind="stable")
+        counts[order[: max(min(seats, int(np.isfinite(deadline).sum())), 0)]] += 1
+        self._settle(wanted, counts, batch_size, weights > 0)
+        self.carry = wanted - counts
+        self.carry -= np.where(weights > 0, self.carry.sum() / max((weights > 0).sum(), 1), 0.0)
+        return counts.astype(np.int64)
+
+    @staticmethod
+    def _settle(wanted: Array, counts: Array, batch_size: int, drawn: NDArray[np.bool_]) -> None:
+        """After a change of weights the deadlines may not fit: move seats one by one, worst error first."""
+        while (excess := counts.sum() - batch_size) != 0:
+            error = wanted - counts
+            if excess > 0:
+                counts[np.argmin(np.where(counts > 0, error, np.inf))] -= 1
+            else:
+                counts[np.argmax(np.where(drawn, error, -np.inf))] += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """The carry."""
+        return {"carry": self.carry.copy()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`'s value."""
+        self.carry = np.array(state["carry"], dtype=np.float64)

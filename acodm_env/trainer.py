@@ -1,0 +1,282 @@
+"""The two roles of the system and the loop between them.
+
+Anything that trains for one step under a mixture is a `Trainer`; anything that proposes a mixture is a `Mixer`;
+`drive` is the only loop::
+
+    weights (K,) ─▶ Trainer.step ─▶ StepStats ─▶ Mixer.update ─▶ weights (K,) ─▶ …
+
+The Gymnasium environment is a `Trainer` seen by an agent; a bandit or an exported policy drives one directly.
+K is the number of training domains, M the number of held-out targets (usually the same ones).
+"""
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, Self, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from acodm_env.errors import ConfigError
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInfo:
+    """What a mixer may know about a run before its first step."""
+
+    domains: tuple[str, ...]
+    """Names of the K training domains, in the order of every (K,) array."""
+    targets: tuple[str, ...]
+    """Names of the M held-out sets of the objective; a target need not be a training domain."""
+    sizes_tokens: tuple[int, ...]
+    """Training tokens available per domain."""
+    batch_size: int
+    """Sequences per optimiser step."""
+    sequence_length: int
+    """Tokens per sequence."""
+    horizon: int
+    """Optimiser steps of the whole run."""
+    decision_every: int = 1
+    """Optimiser steps between two decisions of an agent or policy."""
+    initial_loss_nats: float
+    """Loss of a model that knows nothing, ln(vocabulary): a domain's loss before its first draw."""
+    num_layers: int = 0
+    """How many layer norms `StepStats.layer_norms` holds."""
+    lag: int = 0
+    """Optimiser steps by which a new mixture takes effect late."""
+    seed: int = 0
+
+    @property
+    def num_domains(self) -> int:
+        """K."""
+        return len(self.domains)
+
+
+class GradientSums(Protocol):
+    """Per-domain gradients summed over a window: additive, while the Gram matrix is not."""
+
+    def __add__(self, other: Self, /) -> Self:
+        """Sum of two windows."""
+
+    def gram(self) -> tuple[Array, Array]:
+        """Gram matrix H (K, K) of the domains' mean gradients, and their noise power (K,); NaN = undefined."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepStats:
+    """What one optimiser step, or a window of several, showed. Arrays are float64, (K,) unless said."""
+
+    step: int
+    """Optimiser steps done, this one included."""
+    tokens: int
+    """Training tokens consumed since the start of the run."""
+    requested: Array
+    """Mixture asked for; over a window, the mean."""
+    realised: Array
+    """Mixture drawn: counts / sum(counts)."""
+    counts: Array
+    """Sequences drawn per domain."""
+    loss_tokens: Array
+    """Predicted tokens behind `losses`."""
+    losses: Array
+    """Token-weighted mean training loss in nats; NaN where a domain was not drawn."""
+    epochs: Array
+    """Passes over each domain since the start of the run, as a fraction."""
+    drawn: Array
+    """Sequences drawn per domain since the start of the run."""
+    mixture_age: float = 0.0
+    """Optimiser steps between the decision of the mixture and its use."""
+    pending: Array | None = None
+    """(lag, K) mixtures decided but not yet in effect, oldest first."""
+    gradients: GradientSums | None = None
+    """Per-domain gradient sums, if someone needs the Gram matrix."""
+    layer_norms: Array | None = None
+    """(num_layers,) root mean square of the observed layers' weights."""
+    layer_changes: Array | None = None
+    """(num_layers,) RMS of their change over the step or window, relative to the norm."""
+    eval_losses: Array | None = None
+    """(M,) mean validation losses in nats, if someone needs them."""
+    loss: float = float("nan")
+    """Mean loss over all tokens, nats."""
+    grad_norm: float = float("nan")
+    """L2 norm of the whole gradient before clipping."""
+    lr: float = float("nan")
+    diverged: bool = False
+    """The loss or the gradient is not finite; the step was not applied."""
+
+
+def merge(first: StepStats, second: StepStats) -> StepStats:
+    """Sum two consecutive windows: gradients before their Gram matrix, losses weighted by tokens."""
+    counts = first.counts + second.counts
+    tokens = first.loss_tokens + second.loss_tokens
+    total = np.nan_to_num(first.losses) * first.loss_tokens + np.nan_to_num(second.losses) * second.loss_tokens
+    share = _steps(first) / (_steps(first) + _steps(second))
+    weight = first.loss_tokens.sum() / max(tokens.sum(), 1.0)
+    both = first.gradients is not None and second.gradients is not None
+    return replace(
+        second,
+        requested=share * first.requested + (1 - share) * second.requested,
+        counts=counts,
+        realised=counts / max(counts.sum(), 1.0),
+        loss_tokens=tokens,
+        losses=np.divide(total, tokens, out=np.full_like(total, np.nan), where=tokens > 0),
+        loss=weight * first.loss + (1 - weight) * second.loss,
+        gradients=first.gradients + second.gradients if both else None,  # type: ignore[operator]
+        layer_changes=_sum_changes(first.layer_changes, second.layer_changes),
+        diverged=first.diverged or second.diverged,
+    )
+
+
+def _steps(stats: StepStats) -> float:
+    return max(float(stats.counts.sum()), 1.0)
+
+
+def _sum_changes(first: Array | None, second: Array | None) -> Array | None:
+    return None if first is None or second is None else first + second
+
+
+@runtime_checkable
+class Trainer(Protocol):
+    """Trains for one step under a mixture."""
+
+    info: RunInfo
+    provides: frozenset[str]
+    """What it can measure: of "losses", "gram", "layers", "validation", "loss_weights"."""
+    measure: frozenset[str]
+    """What it does measure: set by whoever drives it to what somebody needs."""
+    stats_step: int
+    """Optimiser steps done since `reset`."""
+
+    def reset(self, rng: np.random.Generator) -> None:
+        """Start a new run: fresh model, optimiser and data order, all drawn from `rng`."""
+
+    def step(self, weights: Array, loss_weights: Array | None = None) -> StepStats:
+        """Train one optimiser step on a batch composed by `weights` (K,)."""
+
+    def evaluate(self, split: str) -> Array:
+        """Mean held-out losses in nats (M,), on fixed sequences of "validation" or "test"."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on exactly."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`'s value."""
+
+
+class Mixer:
+    """Proposes a mixture. Subclasses override `weights`, and `update` where they learn from the run."""
+
+    name: str = "mixer"
+    needs: frozenset[str] = frozenset()
+    info: RunInfo
+
+    def start(self, info: RunInfo) -> None:
+        """Begin a run; forget everything of an earlier one."""
+        self.info = info
+
+    def weights(self) -> Array:
+        """The mixture (K,) for the next step: non-negative, summing to 1."""
+        raise NotImplementedError
+
+    def loss_weights(self) -> Array | None:
+        """Per-domain weights (K,) of the loss, or None to leave it alone."""
+        return None
+
+    def update(self, stats: StepStats) -> None:
+        """Learn from the step just done."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that `update` changed."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`'s value; call after `start`."""
+
+
+def require(trainer: Trainer, needs: frozenset[str], who: str) -> None:
+    """Refuse, before the first step, a `trainer` that cannot measure what `who` needs."""
+    missing = sorted(needs - trainer.provides)
+    if missing:
+        raise ConfigError(
+            f"{who}: needs {', '.join(missing)}; {type(trainer).__name__} provides only "
+            f"{', '.join(sorted(trainer.provides)) or 'nothing'}; choose another mixer or trainer"
+        )
+    trainer.measure = frozenset(needs)
+
+
+def drive(trainer: Trainer, mixer: Mixer, num_steps: int) -> Iterator[StepStats]:
+    """Train for `num_steps` under `mixer`, yielding each step's statistics after the mixer has seen them.
+
+    The caller resets the trainer and starts the mixer (or loads both), and logs, evaluates and saves between
+    the steps. Ends early if the model diverges.
+
+    Raises:
+        ConfigError: the trainer does not provide what the mixer needs.
+    """
+    require(trainer, mixer.needs, f"mixer={mixer.name}")
+    for _ in range(num_steps):
+        stats = trainer.step(mixer.weights(), mixer.loss_weights())
+        if "validation" in mixer.needs and stats.step % trainer.info.decision_every == 0:
+            stats = replace(stats, eval_losses=trainer.evaluate("validation"))
+        mixer.update(stats)
+        yield stats
+        if stats.diverged:
+            return
+
+
+@dataclass
+class Lagged:
+    """A trainer behind a prefetching loader: a mixture takes effect `lag` optimiser steps after it was given."""
+
+    inner: Trainer
+    lag: int
+    info: RunInfo = field(init=False)
+    provides: frozenset[str] = field(init=False)
+    _queue: deque[Array] = field(init=False, default_factory=deque)
+
+    def __post_init__(self) -> None:
+        if self.lag < 0:
+            raise ConfigError(f"lag={self.lag}: must be 0 or more optimiser steps")
+        self.info = replace(self.inner.info, lag=self.lag)
+        self.provides = self.inner.provides
+
+    @property
+    def measure(self) -> frozenset[str]:
+        """What the inner trainer measures."""
+        return self.inner.measure
+
+    @measure.setter
+    def measure(self, value: frozenset[str]) -> None:
+        self.inner.measure = value
+
+    @property
+    def stats_step(self) -> int:
+        """Optimiser steps done."""
+        return self.inner.stats_step
+
+    def reset(self, rng: np.random.Generator) -> None:
+        """Start a new run; the loader is full of uniformly mixed batches."""
+        self.inner.reset(rng)
+        num_domains = self.info.num_domains
+        self._queue = deque(np.full(num_domains, 1 / num_domains) for _ in range(self.lag))
+
+    def step(self, weights: Array, loss_weights: Array | None = None) -> StepStats:
+        """Queue `weights`, train under the oldest mixture of the queue."""
+        self._queue.append(np.asarray(weights, dtype=np.float64))
+        stats = self.inner.step(self._queue.popleft(), loss_weights)
+        return replace(stats, mixture_age=float(self.lag), pending=np.array(self._queue) if self.lag else None)
+
+    def evaluate(self, split: str) -> Array:
+        """The inner trainer's held-out losses (M,)."""
+        return self.inner.evaluate(split)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner state and the queue."""
+        return {"inner": self.inner.state_dict(), "queue": [*self._queue]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`'s value."""
+        self.inner.load_state_dict(state["inner"])
+        self._queue = deque(np.asarray(weights, dtype=np.float64) for weights in state["queue"])
