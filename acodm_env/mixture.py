@@ -56,7 +56,9 @@ class ActionMap:
         if not 0 <= self.floor < 1:
             raise ConfigError(f"floor={self.floor}: must be in [0, 1)")
         if self.prior is not None and min(self.prior) <= 0:
-            raise ConfigError(f"prior={self.prior}: must be positive everywhere; use the floor for rare domains")
+            raise ConfigError(
+                f"prior={self.prior}: must be positive everywhere; use the floor for rare domains"
+            )
 
     def weights(self, action: Array) -> Array:
         """Mixture (K,) of an action (K,), which is clipped to [−1, 1]."""
@@ -137,7 +139,9 @@ class Composer:
     def __init__(self, num_domains: int):
         self.carry: Array = np.zeros(num_domains)
 
-    def compose(self, weights: Array, batch_size: int, masked: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
+    def compose(
+        self, weights: Array, batch_size: int, masked: NDArray[np.bool_] | None = None
+    ) -> NDArray[np.int64]:
         """Counts (K,), non-negative and summing to `batch_size`.
 
         Args:

@@ -44,6 +44,8 @@ class RunInfo:
     """Loss of a model that knows nothing, ln(vocabulary): a domain's loss before its first draw."""
     num_layers: int = 0
     """How many layer norms `StepStats.layer_norms` holds."""
+    initial_layer_norms: tuple[float, ...] = ()
+    """Those norms before the first step; known once the trainer was reset."""
     lag: int = 0
     """Optimiser steps by which a new mixture takes effect late."""
     seed: int = 0
@@ -93,9 +95,9 @@ class StepStats:
     gradients: GradientSums | None = None
     """Per-domain gradient sums, if someone needs the Gram matrix."""
     layer_norms: Array | None = None
-    """(num_layers,) root mean square of the observed layers' weights."""
+    """(num_layers,) root mean square of the observed layers' weights; at decisions only."""
     layer_changes: Array | None = None
-    """(num_layers,) RMS of their change over the step or window, relative to the norm."""
+    """(num_layers,) RMS of their change since the previous decision, relative to the norm."""
     eval_losses: Array | None = None
     """(M,) mean validation losses in nats, if someone needs them."""
     loss: float = float("nan")
@@ -111,7 +113,9 @@ def merge(first: StepStats, second: StepStats) -> StepStats:
     """Sum two consecutive windows: gradients before their Gram matrix, losses weighted by tokens."""
     counts = first.counts + second.counts
     tokens = first.loss_tokens + second.loss_tokens
-    total = np.nan_to_num(first.losses) * first.loss_tokens + np.nan_to_num(second.losses) * second.loss_tokens
+    total = (
+        np.nan_to_num(first.losses) * first.loss_tokens + np.nan_to_num(second.losses) * second.loss_tokens
+    )
     share = _steps(first) / (_steps(first) + _steps(second))
     weight = first.loss_tokens.sum() / max(tokens.sum(), 1.0)
     both = first.gradients is not None and second.gradients is not None
@@ -124,17 +128,12 @@ def merge(first: StepStats, second: StepStats) -> StepStats:
         losses=np.divide(total, tokens, out=np.full_like(total, np.nan), where=tokens > 0),
         loss=weight * first.loss + (1 - weight) * second.loss,
         gradients=first.gradients + second.gradients if both else None,  # type: ignore[operator]
-        layer_changes=_sum_changes(first.layer_changes, second.layer_changes),
         diverged=first.diverged or second.diverged,
     )
 
 
 def _steps(stats: StepStats) -> float:
     return max(float(stats.counts.sum()), 1.0)
-
-
-def _sum_changes(first: Array | None, second: Array | None) -> Array | None:
-    return None if first is None or second is None else first + second
 
 
 @runtime_checkable
@@ -266,7 +265,9 @@ class Lagged:
         """Queue `weights`, train under the oldest mixture of the queue."""
         self._queue.append(np.asarray(weights, dtype=np.float64))
         stats = self.inner.step(self._queue.popleft(), loss_weights)
-        return replace(stats, mixture_age=float(self.lag), pending=np.array(self._queue) if self.lag else None)
+        return replace(
+            stats, mixture_age=float(self.lag), pending=np.array(self._queue) if self.lag else None
+        )
 
     def evaluate(self, split: str) -> Array:
         """The inner trainer's held-out losses (M,)."""

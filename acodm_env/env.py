@@ -1,0 +1,293 @@
+"""The Gymnasium face of a trainer: `MixtureEnv` over any `Trainer`, `ProxyPretrainEnv` over a small language model.
+
+Nothing here draws from a global random generator: every draw comes from generators spawned from `self.np_random`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.utils import EzPickle
+from numpy.typing import NDArray
+
+from acodm_env.config import from_dict
+from acodm_env.errors import ConfigError
+from acodm_env.interaction import InteractionConfig
+from acodm_env.mixture import ActionMap, Bounds
+from acodm_env.observation import Observer
+from acodm_env.reward import Outcome, RewardConfig, compute_terms, objective_weights
+from acodm_env.trainer import Array, Lagged, StepStats, Trainer, merge, require
+
+Observation = NDArray[np.float32]
+
+
+class MixtureEnv(gym.Env[Observation, NDArray[np.float32]]):
+    """The choice of the data mixture during one training run, as an episode.
+
+    ## Description
+    An episode is one training run of `trainer.info.horizon` optimiser steps. At each decision the agent sets the
+    mixture; the trainer then takes `trainer.info.decision_every` steps under it.
+
+    ## Action Space
+    `Box(-1, 1, (K,))`: one logit per training domain, turned into a mixture by `ActionMap` and projected into
+    `Bounds`.
+
+    ## Observation Space
+    `Box` of the concatenated fields, float32, each within its own finite bounds (`observation.FIELDS`).
+
+    | field | size | meaning |
+    |---|---|---|
+    | loss | K | last training loss, nats; ln V before the first draw |
+    | delta_loss | K | its change since the previous decision, nats |
+    | sample_share | K | share of all sequences drawn so far |
+    | epochs | K | passes e over the domain, as e/(1+e) |
+    | gradient_norm | K | ln of the gradient norm over its running mean |
+    | interaction | K | smoothed r_i = Σ_{j≠i} H_ij / s |
+    | layer_norm | M_layers | RMS of layer weights at fixed relative depths |
+    | layer_change | M_layers | their relative change since the previous decision |
+    | progress | 1 | step / horizon |
+    | pending | lag·K | mixtures decided but not yet in effect (only with `lag`) |
+
+    ## Rewards
+    Named terms, see `acodm_env.reward`; default `interaction`. `info["domain_rewards"]` (K,) is always there.
+
+    ## Starting State
+    A freshly initialised model; no domain was drawn.
+
+    ## Episode End
+    `truncated` at the horizon; `terminated`, with a finite penalty, when the language model diverges.
+
+    ## Arguments
+    `trainer`, `fields`, `reward`, `interaction`, `action`, `bounds`, `render_mode`: see the constructor.
+
+    ## Version History
+    * v0: initial version.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["ansi", "rgb_array"], "render_fps": 4}
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        *,
+        fields: Sequence[str] | None = None,
+        reward: RewardConfig | None = None,
+        interaction: InteractionConfig | None = None,
+        action: ActionMap | None = None,
+        bounds: Bounds | None = None,
+        render_mode: str | None = None,
+    ):
+        if render_mode is not None and render_mode not in self.metadata["render_modes"]:
+            raise ConfigError(f"render_mode={render_mode}: must be one of {self.metadata['render_modes']}")
+        self.trainer = trainer
+        self.reward_config = reward or RewardConfig()
+        self.action_map = action or ActionMap()
+        self.bounds = bounds or Bounds()
+        self.render_mode = render_mode
+        self.observer = Observer(trainer.info, fields, interaction)
+        self.observation_space = gym.spaces.Box(self.observer.low, self.observer.high, dtype=np.float32)
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (trainer.info.num_domains,), dtype=np.float32)
+        self._objective_weights = objective_weights(self.reward_config.objective, trainer.info)
+        self.bounds.project(self.action_map.weights(np.zeros(trainer.info.num_domains)))  # refuse early
+        require(trainer, self.observer.needs | self.reward_config.needs, "env: fields and reward")
+        self._uniform_curve: dict[int, float] | None = None
+        self._history: list[StepStats] = []
+        self._episode_rng: dict[str, Any] | None = None
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Start a new training run. With a seed the episode is the same, bit for bit, every time (CPU)."""
+        super().reset(seed=seed)
+        self._episode_rng = dict(self.np_random.bit_generator.state)
+        if self.reward_config.progress_over_uniform and self._uniform_curve is None:
+            self._uniform_curve = self._run_uniform()
+        self.trainer.reset(np.random.default_rng(int(self.np_random.integers(2**63))))
+        self._history = []
+        self._weights = self.action_map.weights(np.zeros(self.trainer.info.num_domains))
+        self._objective = self.trainer.info.initial_loss_nats
+        if "validation" in self.reward_config.needs:
+            self._objective = self._evaluate()
+        self._last_parts = dict.fromkeys(self.reward_config.terms, 0.0)
+        observation = self.observer.start(self.trainer.info)
+        return observation, self._info(np.zeros(len(self._weights)), diverged=False)
+
+    def step(self, action: NDArray[np.float32]) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        """Train `decision_every` optimiser steps under the action's mixture."""
+        if self._episode_rng is None:
+            raise ConfigError("step() was called before reset(): call reset() first")
+        self._weights = self.bounds.project(
+            self.action_map.weights(np.asarray(action, dtype=np.float64)), self.observer.epochs
+        )
+        window = self._train_window()
+        diverged = window.diverged
+        ended = diverged or window.step >= self.trainer.info.horizon
+        before = self._objective
+        if not diverged and (ended or "validation" in self.reward_config.needs):
+            self._objective = self._evaluate()
+        observation = self.observer.observe(window)
+        self._history.append(replace(window, gradients=None))
+        outcome = Outcome(
+            weights=self._weights,
+            observer=self.observer,
+            objective_before=before,
+            objective=self._objective,
+            uniform_drop=self._uniform_drop(window.step),
+            ended=ended,
+            diverged=diverged,
+        )
+        reward, domain_rewards, self._last_parts = compute_terms(self.reward_config, outcome)
+        info = self._info(domain_rewards, diverged=diverged)
+        return observation, float(reward), bool(diverged), bool(ended and not diverged), info
+
+    def _train_window(self) -> StepStats:
+        window: StepStats | None = None
+        for _ in range(self.trainer.info.decision_every):
+            stats = self.trainer.step(self._weights)
+            window = stats if window is None else merge(window, stats)
+            if window.diverged or window.step >= self.trainer.info.horizon:
+                break
+        assert window is not None  # decision_every >= 1 is checked by the trainer
+        return window
+
+    def _evaluate(self) -> float:
+        value = float(self._objective_weights @ self.trainer.evaluate("validation"))
+        return value if np.isfinite(value) else self.trainer.info.initial_loss_nats
+
+    def _run_uniform(self) -> dict[int, float]:
+        """Objective after each decision of one uniform run, seeded apart from the episodes."""
+        num_domains = self.trainer.info.num_domains
+        self.trainer.reset(np.random.default_rng(0))
+        self._weights = np.full(num_domains, 1 / num_domains)
+        curve = {0: self._evaluate()}
+        while max(curve) < self.trainer.info.horizon:
+            step = self._train_window().step
+            curve[step] = self._evaluate()
+        return curve
+
+    def _uniform_drop(self, step: int) -> float:
+        if self._uniform_curve is None:
+            return 0.0
+        earlier = max(known for known in self._uniform_curve if known < step)
+        return self._uniform_curve[earlier] - self._uniform_curve[step]
+
+    def _info(self, domain_rewards: Array, *, diverged: bool) -> dict[str, Any]:
+        """Flat, the same keys every step, floats or (K,) float64 arrays, never NaN."""
+        last = self._history[-1] if self._history else None
+        num_domains = self.trainer.info.num_domains
+        info: dict[str, Any] = {
+            "domain_rewards": domain_rewards.astype(np.float64),
+            "weights": self._weights.copy(),
+            "realised": last.realised.copy() if last else np.zeros(num_domains),
+            "losses": self.observer.losses.copy(),
+            "epochs": self.observer.epochs.copy(),
+            "step": float(self.observer.step),
+            "tokens": float(last.tokens) if last else 0.0,
+            "objective": float(self._objective),
+            "clipped_frac": float(self.observer.clipped_frac),
+            "mixture_age": float(last.mixture_age) if last else 0.0,
+            "diverged": float(diverged),
+        }
+        return info | {f"reward_{name}": float(value) for name, value in self._last_parts.items()}
+
+    def episode_state(self) -> dict[str, Any]:
+        """The generator's state from which the current episode was started: enough to start it again."""
+        return {"rng": self._episode_rng}
+
+    def load_episode_state(self, state: Mapping[str, Any]) -> None:
+        """The next `reset()` starts the same episode as the one `episode_state` was taken in."""
+        rng = np.random.Generator(np.random.PCG64())
+        rng.bit_generator.state = state["rng"]
+        self.np_random = rng
+
+    def render(self) -> Any:
+        """The run so far: text bars (`ansi`) or a picture of mixture and losses (`rgb_array`, uint8 (H, W, 3))."""
+        if self.render_mode is None:
+            gym.logger.warn("render() was called without a render_mode; pass render_mode='ansi' to gym.make")
+            return None
+        from acodm_env.render import as_picture, as_text
+
+        draw = as_text if self.render_mode == "ansi" else as_picture
+        return draw(self.trainer.info, self._weights, self.observer.losses, self._history)
+
+
+class ProxyPretrainEnv(MixtureEnv, EzPickle):
+    """`acodm/ProxyPretrain-v0`: a small language model pre-trained from scratch on a token store.
+
+    Everything is optional: `gym.make("acodm/ProxyPretrain-v0")` trains the `tiny` preset on the `pocket` corpus,
+    which it harvests from the Python installation on first use. See `MixtureEnv` for spaces and rewards.
+    """
+
+    def __init__(
+        self,
+        corpus: str = "pocket",
+        proxy: str = "tiny",
+        episode_steps: int = 200,
+        steps_per_action: int = 5,
+        fields: Sequence[str] | None = None,
+        reward: str | Mapping[str, Any] = "interaction",
+        interaction: Mapping[str, Any] | None = None,
+        action: Mapping[str, Any] | None = None,
+        bounds: Mapping[str, Any] | None = None,
+        lag: int = 0,
+        device: str = "auto",
+        lm: Mapping[str, Any] | None = None,
+        render_mode: str | None = None,
+    ):
+        """Build the environment.
+
+        Args:
+            corpus: "pocket", or the folder of a token store written by `acodm prepare`.
+            proxy: model preset, `config.json` or hub name of the proxy language model.
+            episode_steps: optimiser steps per episode.
+            steps_per_action: optimiser steps per decision.
+            fields: names of observation fields; None is the default set.
+            reward: a term's name, a mapping of terms to weights, or all of `RewardConfig`'s settings.
+            interaction: settings of `InteractionConfig`.
+            action: settings of `ActionMap`.
+            bounds: settings of `Bounds`.
+            lag: optimiser steps by which a mixture takes effect late.
+            device: "auto", "cpu", "cuda" or "cuda:N".
+            lm: further settings of `LMConfig`, such as `batch_size`, `sequence_length`, `learning_rate`.
+            render_mode: None, "ansi" or "rgb_array".
+
+        Raises:
+            ConfigError: a setting is unknown or out of range.
+            DataError: the corpus is missing or does not fit.
+        """
+        EzPickle.__init__(
+            self, corpus, proxy, episode_steps, steps_per_action, fields, reward, interaction, action, bounds, lag,
+            device, lm, render_mode,
+        )  # fmt: skip
+        from acodm_env.corpus import open_corpus
+        from acodm_env.pretrain.trainer import LMConfig, LMTrainer
+
+        settings = {
+            "model": proxy,
+            "horizon": episode_steps,
+            "decision_every": steps_per_action,
+            "device": device,
+        }
+        trainer: Trainer = LMTrainer(
+            from_dict(LMConfig, settings | dict(lm or {}), "lm"), open_corpus(corpus)
+        )
+        super().__init__(
+            Lagged(trainer, lag) if lag else trainer,
+            fields=fields,
+            reward=parse_reward(reward),
+            interaction=from_dict(InteractionConfig, interaction or {}, "interaction"),
+            action=from_dict(ActionMap, action or {}, "action"),
+            bounds=from_dict(Bounds, bounds or {}, "bounds"),
+            render_mode=render_mode,
+        )
+
+
+def parse_reward(reward: str | Mapping[str, Any]) -> RewardConfig:
+    """A reward from a term's name, from {term: weight}, or from `RewardConfig`'s settings (with "terms")."""
+    if isinstance(reward, str):
+        return RewardConfig(terms={reward: 1.0})
+    if "terms" in reward:
+        return from_dict(RewardConfig, reward, "reward")
+    return RewardConfig(terms={name: float(weight) for name, weight in reward.items()})

@@ -1,0 +1,253 @@
+"""The exported policy: a folder of JSON and safetensors that drives a run without the library that learned it.
+
+`policy.safetensors` holds the actor's weights, `policy.json` everything that must fit: format version, domains in
+order, observation fields with their sizes and normalisation statistics, action map, bounds, decision interval,
+provenance, and the SHA-256 of the weights. numpy and safetensors are all it takes to act.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from acodm_env.config import from_dict
+from acodm_env.errors import PolicyError
+from acodm_env.files import atomic_folder, read_json, sha256, write_json
+from acodm_env.interaction import InteractionConfig
+from acodm_env.mixture import ActionMap, Bounds
+from acodm_env.observation import FIELDS, Observer
+from acodm_env.trainer import Array, Mixer, RunInfo, StepStats, merge
+
+FORMAT_VERSION = 1
+_ACTIVATIONS = {
+    "relu": lambda x: np.maximum(x, 0.0),
+    "tanh": np.tanh,
+    "identity": lambda x: x,
+    "clip": lambda x: np.clip(x, -1.0, 1.0),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """A deterministic actor: normalise the observation, apply dense layers, map the action to a mixture."""
+
+    domains: tuple[str, ...]
+    fields: tuple[tuple[str, int], ...]
+    """(name, size) of every observation field, in order."""
+    mean: Array
+    """Observation mean (D,)."""
+    scale: Array
+    """Observation standard deviation (D,)."""
+    clip: float
+    """The normalised observation is clipped to ± this."""
+    layers: tuple[tuple[NDArray[np.float32], NDArray[np.float32], str], ...]
+    """(weight (out, in), bias (out,), activation) of every dense layer."""
+    action: ActionMap
+    bounds: Bounds
+    interaction: InteractionConfig
+    decision_every: int
+    """Optimiser steps between decisions in the run it learned on."""
+    horizon: int
+    """Optimiser steps of the run it learned on."""
+    lag: int = 0
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """Configuration, corpus fingerprint, proxy, tokens and seconds of learning, package versions."""
+
+    def act(self, observation: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Action (K,) in [−1, 1] for an observation (D,); (N, K) for (N, D)."""
+        hidden = np.clip((observation - self.mean) / self.scale, -self.clip, self.clip).astype(np.float32)
+        for weight, bias, activation in self.layers:
+            hidden = _ACTIVATIONS[activation](hidden @ weight.T + bias)
+        return hidden
+
+    def save(self, path: str | Path) -> Path:
+        """Write the policy folder, atomically."""
+        from safetensors.numpy import save
+
+        tensors = {}
+        for index, (weight, bias, _) in enumerate(self.layers):
+            tensors[f"layers.{index}.weight"] = np.ascontiguousarray(weight)
+            tensors[f"layers.{index}.bias"] = np.ascontiguousarray(bias)
+        with atomic_folder(path) as folder:
+            weights = folder / "policy.safetensors"
+            weights.write_bytes(save(tensors))
+            contract = self._contract() | {"weights_sha256": sha256(weights)}
+            write_json(folder / "policy.json", contract | {"contract_sha256": _digest(contract)})
+        return Path(path)
+
+    def _contract(self) -> dict[str, Any]:
+        return {
+            "format_version": FORMAT_VERSION,
+            "domains": list(self.domains),
+            "fields": [
+                {"name": name, "size": size, "mean": mean.tolist(), "scale": scale.tolist()}
+                for (name, size), mean, scale in zip(
+                    self.fields, self._split(self.mean), self._split(self.scale), strict=True
+                )
+            ],
+            "clip": self.clip,
+            "activations": [activation for _, _, activation in self.layers],
+            "action": asdict(self.action),
+            "bounds": asdict(self.bounds),
+            "interaction": asdict(self.interaction),
+            "decision_every": self.decision_every,
+            "horizon": self.horizon,
+            "lag": self.lag,
+            "provenance": dict(self.provenance),
+        }
+
+    def _split(self, values: Array) -> list[Array]:
+        return np.split(values, np.cumsum([size for _, size in self.fields])[:-1])
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Policy":
+        """Read a policy folder.
+
+        Raises:
+            DataError: there is no policy, or its JSON is malformed.
+            PolicyError: format version, checksum, field names or layer shapes do not fit; says which.
+        """
+        path = Path(path)
+        contract = read_json(path / "policy.json")
+        if contract.get("format_version") != FORMAT_VERSION:
+            raise PolicyError(
+                f"{path}: format_version={contract.get('format_version')}: must be {FORMAT_VERSION}; "
+                f"it was written by another version of this package; export it again"
+            )
+        claimed = contract.pop("contract_sha256", None)
+        if claimed != _digest(contract):
+            raise PolicyError(
+                f"{path}/policy.json: checksum does not match: the file was edited; export it again"
+            )
+        weights = path / "policy.safetensors"
+        if not weights.is_file() or sha256(weights) != contract["weights_sha256"]:
+            raise PolicyError(
+                f"{weights}: missing, or its checksum does not match: cut short or edited; export again"
+            )
+        policy = cls._from_contract(contract, weights)
+        policy._check_shapes(path)
+        return policy
+
+    @classmethod
+    def _from_contract(cls, contract: Mapping[str, Any], weights: Path) -> "Policy":
+        from safetensors.numpy import load_file
+
+        tensors = load_file(weights)
+        return cls(
+            domains=tuple(contract["domains"]),
+            fields=tuple((entry["name"], int(entry["size"])) for entry in contract["fields"]),
+            mean=np.array([x for entry in contract["fields"] for x in entry["mean"]], dtype=np.float64),
+            scale=np.array([x for entry in contract["fields"] for x in entry["scale"]], dtype=np.float64),
+            clip=float(contract["clip"]),
+            layers=tuple(
+                (tensors[f"layers.{index}.weight"], tensors[f"layers.{index}.bias"], activation)
+                for index, activation in enumerate(contract["activations"])
+            ),
+            action=from_dict(ActionMap, contract["action"], "action"),
+            bounds=from_dict(Bounds, contract["bounds"], "bounds"),
+            interaction=from_dict(InteractionConfig, contract["interaction"], "interaction"),
+            decision_every=int(contract["decision_every"]),
+            horizon=int(contract["horizon"]),
+            lag=int(contract["lag"]),
+            provenance=contract["provenance"],
+        )
+
+    def _check_shapes(self, path: Path) -> None:
+        width = sum(size for _, size in self.fields)
+        for weight, bias, activation in self.layers:
+            if activation not in _ACTIVATIONS or weight.shape != (len(bias), width):
+                raise PolicyError(
+                    f"{path}: layer {weight.shape} does not follow {width} inputs; export it again"
+                )
+            width = len(bias)
+        if width != len(self.domains):
+            raise PolicyError(f"{path}: {width} outputs for {len(self.domains)} domains; export it again")
+
+    def check_fits(self, info: RunInfo) -> None:
+        """Refuse a run whose domains or fields are not the ones learned on, naming the mismatch."""
+        if info.domains != self.domains:
+            only_policy = [name for name in self.domains if name not in info.domains]
+            only_run = [name for name in info.domains if name not in self.domains]
+            detail = f"only in the policy: {only_policy}; only in the corpus: {only_run}"
+            if not only_policy and not only_run:
+                detail = f"same names in another order: {list(self.domains)} against {list(info.domains)}"
+            raise PolicyError(
+                f"domains: the policy does not fit this corpus; {detail}; learn one on this corpus"
+            )
+        for name, size in self.fields:
+            if name not in FIELDS:
+                raise PolicyError(
+                    f"fields: this version of the package has no field '{name}'; export it again"
+                )
+            if FIELDS[name].size(info) != size:
+                raise PolicyError(
+                    f"fields: '{name}' has {FIELDS[name].size(info)} entries here, {size} in the policy; "
+                    f"use the lag and layer depths it learned on (lag={self.lag})"
+                )
+
+
+def _digest(contract: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(contract, sort_keys=True).encode()).hexdigest()
+
+
+def scaled_interval(policy: Policy, horizon: int) -> int:
+    """Decision interval for a run of `horizon` steps: the learned one times the ratio of horizons, at least 1."""
+    return max(1, round(policy.decision_every * horizon / policy.horizon))
+
+
+class PolicyMixer(Mixer):
+    """An exported policy driving a run: observes exactly as the environment did, computes only what it reads."""
+
+    def __init__(self, policy: Policy, name: str = "policy"):
+        self.policy = policy
+        self.name = name
+        self.needs = frozenset().union(
+            *(FIELDS[field].needs for field, _ in policy.fields if field in FIELDS)
+        )
+
+    def start(self, info: RunInfo) -> None:
+        """Check that the policy fits and take the first decision.
+
+        Raises:
+            PolicyError: domains or fields do not fit.
+        """
+        self.policy.check_fits(info)
+        super().start(info)
+        self.observer = Observer(info, [name for name, _ in self.policy.fields], self.policy.interaction)
+        self._window: StepStats | None = None
+        self._decide(self.observer.start(info))
+
+    def weights(self) -> Array:
+        """The mixture decided last."""
+        return self._weights
+
+    def update(self, stats: StepStats) -> None:
+        """Collect the window; decide when it is full."""
+        self._window = stats if self._window is None else merge(self._window, stats)
+        if stats.step % self.info.decision_every == 0 and not stats.diverged:
+            self._decide(self.observer.observe(self._window))
+            self._window = None
+
+    def _decide(self, observation: NDArray[np.float32]) -> None:
+        weights = self.policy.action.weights(self.policy.act(observation))
+        self._weights = self.policy.bounds.project(weights, self.observer.epochs)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Observer and mixture; only whole decisions can be saved.
+
+        Raises:
+            ValueError: called between two decisions.
+        """
+        if self._window is not None:
+            raise ValueError("a policy's state can be saved at a decision only, not inside a window")
+        return {"observer": self.observer.state_dict(), "weights": self._weights.copy()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`'s value."""
+        self.observer.load_state_dict(state["observer"])
+        self._weights = np.array(state["weights"], dtype=np.float64)

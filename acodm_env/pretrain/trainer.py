@@ -1,0 +1,379 @@
+"""`LMTrainer`: one optimiser step of a causal language model on a batch composed by a mixture.
+
+The same class serves as the environment's proxy (plain torch, many resets in one process) and as the target
+(`accelerate.Accelerator`, which prepares model and optimiser only: its loader would fetch batches ahead of the
+mixture, its scheduler would advance once per process).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from acodm_env.corpus.sampler import Batch, MixtureSampler, heldout
+from acodm_env.corpus.tokens import TokenStore
+from acodm_env.errors import ConfigError, unknown
+from acodm_env.pretrain.gradients import DomainGradients, GradientProbe, order_rows
+from acodm_env.pretrain.models import build_model, observed_layers, probed_layers
+from acodm_env.trainer import Array, RunInfo, StepStats
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+SCHEDULES = ("cosine", "constant")
+PRECISIONS = ("auto", "fp32", "bf16")
+OBSERVED_DEPTHS = (0.0, 0.5, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LMConfig:
+    """Model, data shape and optimisation of one pre-training run."""
+
+    model: str = "tiny"
+    """Preset (tiny, small, pythia-14m … pythia-1b), a config.json, or a hub name."""
+    horizon: int = 200
+    """Optimiser steps."""
+    decision_every: int = 5
+    """Optimiser steps between two decisions."""
+    batch_size: int = 16
+    """Sequences per step."""
+    sequence_length: int = 128
+    """Tokens per sequence."""
+    learning_rate: float = 3e-3
+    """Peak learning rate of AdamW."""
+    schedule: str = "cosine"
+    """"cosine" to `min_lr_frac`, or "constant" after the warm-up."""
+    warmup_frac: float = 0.05
+    """Share of the horizon with a linearly rising learning rate."""
+    min_lr_frac: float = 0.1
+    """Final learning rate over the peak."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.1
+    """On matrices only."""
+    clip_norm: float = 1.0
+    """Largest L2 norm of the gradient."""
+    eval_sequences: int = 8
+    """Held-out sequences per domain and split."""
+    probe_depths: tuple[float, ...] | None = None
+    """Relative depths of the probed MLP outputs; None is up to three in the deep half."""
+    sketch_size: int | None = None
+    """Side of the random projection of each probed gradient; None keeps them whole."""
+    precondition: bool = False
+    """Measure gradients as Adam sees them, ⟨P^½ g_i, P^½ g_j⟩."""
+    device: str = "auto"
+    """"auto", "cpu", "cuda" or "cuda:N"."""
+    precision: str = "auto"
+    """"auto" (bf16 autocast on a CUDA device that has it), "fp32" or "bf16"."""
+
+    def __post_init__(self) -> None:
+        for name in ("horizon", "decision_every", "batch_size", "eval_sequences"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.sequence_length < 2:
+            raise ConfigError(f"sequence_length={self.sequence_length}: must be at least 2 tokens")
+        for name in ("learning_rate", "clip_norm"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name}={getattr(self, name)}: must be positive")
+        if self.schedule not in SCHEDULES:
+            unknown("schedule", self.schedule, SCHEDULES)
+        if self.precision not in PRECISIONS:
+            unknown("precision", self.precision, PRECISIONS)
+        if self.precondition and self.sketch_size is not None:
+            raise ConfigError("precondition=True: needs whole gradients; leave sketch_size at None")
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of the optimiser step `step` (from 0)."""
+        warmup = max(1, round(self.warmup_frac * self.horizon))
+        if step < warmup:
+            return self.learning_rate * (step + 1) / warmup
+        if self.schedule == "constant":
+            return self.learning_rate
+        done = min(1.0, (step - warmup) / max(1, self.horizon - warmup))
+        share = self.min_lr_frac + (1 - self.min_lr_frac) * 0.5 * (1 + math.cos(math.pi * done))
+        return self.learning_rate * share
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device of "auto", "cpu", "cuda" or "cuda:N".
+
+    Raises:
+        ConfigError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device={name}: must be auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device={name}: no CUDA device is visible here; use device=cpu or auto")
+    return device
+
+
+class LMTrainer:
+    """A `Trainer` around a transformers causal language model."""
+
+    provides = frozenset({"losses", "gram", "layers", "validation", "loss_weights"})
+
+    def __init__(self, config: LMConfig, store: TokenStore, accelerator: "Accelerator | None" = None):
+        """Check that the corpus fits; nothing is built before `reset`.
+
+        Raises:
+            ConfigError: an unknown preset or device.
+            DataError: a domain has fewer tokens than one sequence.
+        """
+        self.config = config
+        self.store = store
+        self.accelerator = accelerator
+        self.measure: frozenset[str] = frozenset({"losses"})
+        self.device = accelerator.device if accelerator else resolve_device(config.device)
+        bf16_here = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        self.bf16 = config.precision == "bf16" or (config.precision == "auto" and bf16_here)
+        for split in ("train", "validation", "test"):
+            store.num_sequences(split, config.sequence_length)
+        self.info = RunInfo(
+            domains=store.domains,
+            targets=store.domains,
+            sizes_tokens=store.sizes_tokens("train"),
+            batch_size=config.batch_size,
+            sequence_length=config.sequence_length,
+            horizon=config.horizon,
+            decision_every=config.decision_every,
+            initial_loss_nats=math.log(store.vocab_size),
+            num_layers=len(OBSERVED_DEPTHS),
+        )
+        self._heldout: dict[str, Batch] = {}
+        self.stats_step = 0
+
+    def reset(self, rng: np.random.Generator) -> None:
+        """Fresh model, optimiser and data order, from two seeds drawn from `rng`."""
+        model_seed, data_seed = (int(seed) for seed in rng.integers(2**62, size=2))
+        config = self.config
+        model = build_model(config.model, self.store.vocab_size, config.sequence_length, model_seed)
+        model.to(self.device).train()
+        self.bare_model = model
+        optimizer = torch.optim.AdamW(
+            _decay_groups(model, config.weight_decay),
+            lr=config.learning_rate,
+            betas=(config.beta1, config.beta2),
+            fused=True,
+        )
+        if self.accelerator is not None:
+            self.accelerator.free_memory()
+            model, optimizer = self.accelerator.prepare(model, optimizer)
+        self.model, self.optimizer = model, optimizer
+        self.sampler = MixtureSampler(
+            self.store, "train", config.batch_size, config.sequence_length, seed=data_seed
+        )
+        self._probe: GradientProbe | None = None
+        self._observed = observed_layers(self.bare_model, OBSERVED_DEPTHS)
+        self._snapshot = [layer.detach().clone() for layer in self._observed]
+        self.info = replace(
+            self.info, seed=data_seed, initial_layer_norms=tuple(_rms(layer) for layer in self._snapshot)
+        )
+        self.stats_step = 0
+
+    def step(self, weights: Array, loss_weights: Array | None = None) -> StepStats:
+        """One optimiser step.
+
+        Args:
+            weights: mixture (K,).
+            loss_weights: factors (K,) on the domains' token losses, or None.
+
+        Raises:
+            ConfigError: the weights are no mixture.
+        """
+        drawn_before = self.sampler.drawn.copy()
+        batch = self.sampler.draw(weights)
+        groups: np.ndarray | None = None
+        if "gram" in self.measure:
+            order, groups = order_rows(batch.domains, drawn_before)
+            batch = Batch(tokens=batch.tokens[order], domains=batch.domains[order], counts=batch.counts)
+            self._attached_probe().begin(groups)
+        row_losses = self._row_losses(batch)  # (B,) sums over tokens
+        loss = self._backward(row_losses, batch, loss_weights)
+        gradients = self._collect(groups)
+        return self._finish(weights, batch, row_losses.detach(), loss, gradients)
+
+    def _row_losses(self, batch: Batch) -> torch.Tensor:
+        """Sum of token losses per sequence (B,), float32, on the device."""
+        tokens = torch.from_numpy(batch.tokens).to(self.device)  # (B, T)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            logits = self.model(input_ids=tokens[:, :-1], use_cache=False).logits  # (B, T-1, V)
+        losses = functional.cross_entropy(
+            logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
+        )  # (B·(T-1),)
+        return losses.view(len(tokens), -1).sum(1)
+
+    def _backward(self, row_losses: torch.Tensor, batch: Batch, loss_weights: Array | None) -> torch.Tensor:
+        """Backward pass of the mean token loss, weighted by domain if asked; returns the unweighted mean."""
+        num_tokens = batch.tokens.shape[0] * (batch.tokens.shape[1] - 1)
+        objective = row_losses.sum() / num_tokens
+        loss = objective.detach()
+        if loss_weights is not None:
+            factors = torch.from_numpy(np.asarray(loss_weights)[batch.domains]).to(row_losses)  # (B,)
+            objective = (factors * row_losses).sum() / num_tokens
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.accelerator is not None:
+            self.accelerator.backward(objective)
+        else:
+            objective.backward()
+        return loss
+
+    def _finish(
+        self,
+        weights: Array,
+        batch: Batch,
+        row_losses: torch.Tensor,
+        loss: torch.Tensor,
+        gradients: DomainGradients | None,
+    ) -> StepStats:
+        """Clip, update unless the step diverged, and report."""
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm))
+        diverged = not (math.isfinite(float(loss)) and math.isfinite(grad_norm))
+        lr = self.config.lr_at(self.stats_step)
+        if not diverged:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+        self.stats_step += 1
+        norms, changes = self._layers()
+        num_domains, num_predicted = len(batch.counts), batch.tokens.shape[1] - 1
+        sums = np.bincount(batch.domains, row_losses.double().cpu().numpy(), minlength=num_domains)  # (K,)
+        loss_tokens = batch.counts.astype(np.float64) * num_predicted  # (K,)
+        return StepStats(
+            step=self.stats_step,
+            tokens=self.stats_step * batch.tokens.size,
+            requested=np.asarray(weights, dtype=np.float64),
+            counts=batch.counts.astype(np.float64),
+            realised=batch.counts / batch.counts.sum(),
+            loss_tokens=loss_tokens,
+            losses=np.divide(sums, loss_tokens, out=np.full(num_domains, np.nan), where=loss_tokens > 0),
+            epochs=self.sampler.epochs,
+            drawn=self.sampler.drawn.astype(np.float64),
+            gradients=gradients,
+            layer_norms=norms,
+            layer_changes=changes,
+            loss=float(loss),
+            grad_norm=grad_norm,
+            lr=lr,
+            diverged=diverged,
+        )
+
+    def _attached_probe(self) -> GradientProbe:
+        if self._probe is None:
+            self._probe = GradientProbe(
+                probed_layers(self.bare_model, self.config.probe_depths),
+                self.info.num_domains,
+                sketch_size=self.config.sketch_size,
+            )
+            self._probe.attach()
+        return self._probe
+
+    def _collect(self, groups: np.ndarray | None) -> DomainGradients | None:
+        if groups is None or self._probe is None:
+            return None
+        optimizer = self.optimizer if self.config.precondition else None
+        num_predicted = self.config.sequence_length - 1
+        return self._probe.collect(
+            groups * num_predicted, normaliser=groups.sum() * num_predicted, precondition=optimizer
+        )
+
+    def _layers(self) -> tuple[Array | None, Array | None]:
+        """RMS of the observed layers and their relative change since the last decision, at decisions only."""
+        if "layers" not in self.measure or self.stats_step % self.config.decision_every:
+            return None, None
+        norms = np.array([_rms(layer) for layer in self._observed])
+        changes = np.array([_rms(now - old) for now, old in zip(self._observed, self._snapshot, strict=True)])
+        self._snapshot = [layer.detach().clone() for layer in self._observed]
+        return norms, changes / np.maximum(norms, 1e-12)
+
+    @torch.no_grad()
+    def evaluate(self, split: str) -> Array:
+        """Mean token losses in nats (K,) on the fixed held-out sequences of `split`."""
+        if split not in self._heldout:
+            tokens, domains = heldout(
+                self.store, split, self.config.sequence_length, self.config.eval_sequences, seed=0
+            )
+            self._heldout[split] = Batch(tokens=tokens, domains=domains, counts=np.bincount(domains))
+        batch = self._heldout[split]
+        self.model.eval()
+        size = max(self.config.batch_size, 32)
+        parts = [
+            self._row_losses(Batch(batch.tokens[i : i + size], batch.domains[i : i + size], batch.counts))
+            for i in range(0, len(batch.tokens), size)
+        ]
+        self.model.train()
+        sums = np.bincount(batch.domains, torch.cat(parts).double().cpu().numpy())
+        losses: Array = sums / (batch.counts * (batch.tokens.shape[1] - 1))
+        return losses
+
+    def state_dict(self) -> dict[str, Any]:
+        """Model, optimiser, sampler and the last decision's layers, as numpy arrays and JSON values."""
+        return {
+            "step": self.stats_step,
+            "seed": self.info.seed,
+            "initial_layer_norms": list(self.info.initial_layer_norms),
+            "model": _to_numpy(self.bare_model.state_dict()),
+            "optimizer": _to_numpy(self.optimizer.state_dict()),
+            "sampler": self.sampler.state_dict(),
+            "snapshot": _to_numpy(dict(enumerate(self._snapshot))),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on exactly from `state_dict`'s value; call after a `reset` with any generator."""
+        self.stats_step = int(state["step"])
+        self.bare_model.load_state_dict(_to_torch(state["model"]))
+        self.optimizer.load_state_dict(_int_keys(_to_torch(state["optimizer"])))
+        self.sampler.load_state_dict(state["sampler"])
+        self._snapshot = [torch.from_numpy(array).to(self.device) for array in state["snapshot"].values()]
+        self.info = replace(
+            self.info, seed=int(state["seed"]), initial_layer_norms=tuple(state["initial_layer_norms"])
+        )
+
+
+def _decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def _rms(tensor: torch.Tensor) -> float:
+    return float(tensor.detach().float().square().mean().sqrt())
+
+
+def _to_numpy(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu().numpy().copy()
+    if isinstance(value, Mapping):
+        return {str(key): _to_numpy(child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [_to_numpy(child) for child in value]
+    return value
+
+
+def _to_torch(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.copy())
+    if isinstance(value, Mapping):
+        return {key: _to_torch(child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [_to_torch(child) for child in value]
+    return value
+
+
+def _int_keys(state: dict[str, Any]) -> dict[str, Any]:
+    """An optimiser numbers its parameters; JSON made the numbers strings."""
+    return {**state, "state": {int(key): value for key, value in state["state"].items()}}
+
+
+def target_accelerator(device: str) -> "Accelerator":
+    """The process's Accelerator for a target run on `device`; autocast is ours, so it adds no precision of its own."""
+    from accelerate import Accelerator
+
+    return Accelerator(cpu=resolve_device(device).type == "cpu", mixed_precision="no")

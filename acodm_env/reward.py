@@ -1,0 +1,129 @@
+"""Named reward terms (method: reward; the deviations from the paper are argued in `interaction.py`).
+
+Per-domain terms r (K,) enter the scalar as Σ_i α_i r_i, global terms are added:
+
+* ``interaction`` — r_i = Σ_{j≠i} H_ij / s, smoothed: how much domain i's gradient helps the others (the paper's).
+* ``alignment``   — the same with the self term H_ii.
+* ``progress``    — drop of the held-out objective between two decisions, optionally minus a uniform run's.
+* ``final``       — minus the objective at the episode's end; wants γ = 1.
+
+J(α) = Σ α_i r_i is linear in α, so its greedy maximiser is a corner of the simplex: floor, horizon and state keep
+a policy inside. The objective is a weighted mean of *validation* losses.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from acodm_env.errors import ConfigError, unknown
+from acodm_env.observation import Observer
+from acodm_env.trainer import Array, RunInfo
+
+TERMS: dict[str, frozenset[str]] = {
+    "interaction": frozenset({"gram"}),
+    "alignment": frozenset({"gram"}),
+    "progress": frozenset({"validation"}),
+    "final": frozenset({"validation"}),
+}
+"""Reward terms and what each needs measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """Which terms, how heavy, and what the objective is."""
+
+    terms: Mapping[str, float] = field(default_factory=lambda: {"interaction": 1.0})
+    """Weight of each term."""
+    objective: Mapping[str, float] | None = None
+    """Weight of each held-out target in the objective; None weighs all equally."""
+    progress_over_uniform: bool = False
+    """Subtract from `progress` what one uniform run gained between the same steps."""
+    divergence_penalty: float = 10.0
+    """Subtracted, once, when the language model diverges and the episode terminates; finite, ≥ 0."""
+
+    def __post_init__(self) -> None:
+        if not self.terms:
+            raise ConfigError(f"reward={{}}: must name at least one of {', '.join(TERMS)}")
+        for name, weight in self.terms.items():
+            if name not in TERMS:
+                unknown("reward", name, TERMS)
+            if not np.isfinite(weight):
+                raise ConfigError(f"reward.{name}={weight}: must be a finite weight")
+        if not (np.isfinite(self.divergence_penalty) and self.divergence_penalty >= 0):
+            raise ConfigError(f"divergence_penalty={self.divergence_penalty}: must be finite and at least 0")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What a trainer must measure for these terms."""
+        return frozenset().union(*(TERMS[name] for name in self.terms))
+
+
+def objective_weights(objective: Mapping[str, float] | None, info: RunInfo) -> Array:
+    """Weights (M,) of the held-out targets, summing to 1.
+
+    Raises:
+        ConfigError: an unknown target, a negative weight, or no weight at all.
+    """
+    if objective is None:
+        return np.full(len(info.targets), 1 / len(info.targets))
+    for name in objective:
+        if name not in info.targets:
+            unknown("objective", name, info.targets)
+    weights = np.array([float(objective.get(name, 0.0)) for name in info.targets])
+    if not np.isfinite(weights).all() or (weights < 0).any() or weights.sum() <= 0:
+        raise ConfigError(f"objective={dict(objective)}: must be non-negative with a positive sum")
+    normalised: Array = weights / weights.sum()
+    return normalised
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a reward is computed from, at the end of a decision window."""
+
+    weights: Array
+    """Mixture (K,) in effect."""
+    observer: Observer
+    objective_before: float
+    """Held-out objective at the previous decision, nats."""
+    objective: float
+    """Held-out objective now, nats; only meaningful where a term needs "validation"."""
+    uniform_drop: float
+    """The drop of the objective in the uniform run between the same steps, nats; 0 if not asked for."""
+    ended: bool
+    """The episode's last decision."""
+    diverged: bool
+
+
+def compute_terms(config: RewardConfig, outcome: Outcome) -> tuple[float, Array, dict[str, float]]:
+    """Scalar reward, per-domain rewards r (K,) and each term's contribution to the scalar.
+
+    Per-domain rewards are the weighted sum of the per-domain terms alone; zero if there is none.
+    """
+    domain_rewards = np.zeros(len(outcome.weights))
+    parts = dict.fromkeys(config.terms, 0.0)
+    if outcome.diverged:
+        return -config.divergence_penalty, domain_rewards, parts
+    for name, weight in config.terms.items():
+        per_domain = _per_domain(name, outcome)
+        if per_domain is None:
+            parts[name] = weight * _global(name, outcome)
+        else:
+            domain_rewards += weight * per_domain
+            parts[name] = weight * float(outcome.weights @ per_domain)
+    return float(sum(parts.values())), domain_rewards, parts
+
+
+def _per_domain(name: str, outcome: Outcome) -> Array | None:
+    tracker = outcome.observer.tracker
+    if name == "interaction":
+        return tracker.interaction
+    if name == "alignment":
+        return tracker.interaction + tracker.self_term
+    return None
+
+
+def _global(name: str, outcome: Outcome) -> float:
+    if name == "final":
+        return -outcome.objective if outcome.ended else 0.0
+    return outcome.objective_before - outcome.objective - outcome.uniform_drop

@@ -1,0 +1,211 @@
+"""Learning a policy on an environment: episodes, log, best-policy keeping, checkpoints, exact resume."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Logger, make_output_format
+from stable_baselines3.common.vec_env import VecNormalize
+
+from acodm_env.agents.checkpoint import load_checkpoint, load_networks, save_checkpoint
+from acodm_env.agents.export import to_policy
+from acodm_env.agents.sb3 import AgentRecipe, decisions_per_episode, make_agent, vectorise
+from acodm_env.env import MixtureEnv
+from acodm_env.policy import Policy
+
+SATURATED = 0.95
+"""An action entry beyond ± this counts as saturated."""
+EVALUATION_SEED = 1_000_003
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learning:
+    """How long to learn, and how often to look."""
+
+    algo: str = "td3"
+    episodes: int = 10
+    """Episodes of experience."""
+    evaluate_every: int = 5
+    """Episodes between evaluations of the deterministic policy; 0 evaluates at the end only."""
+    seed: int = 0
+
+
+class Learner:
+    """An agent, its environment, and a folder in which both can be resumed."""
+
+    def __init__(
+        self,
+        make_env: Callable[[], gym.Env[Any, Any]],
+        learning: Learning,
+        recipe: AgentRecipe,
+        folder: Path,
+    ):
+        self.learning = learning
+        self.folder = folder
+        self.env = _unwrapped(make_env())
+        self.venv: VecNormalize = vectorise(self.env, recipe.gamma)
+        self.agent: BaseAlgorithm = make_agent(learning.algo, self.venv, recipe, seed=learning.seed)
+        self.venv.seed(learning.seed)
+        self._make_env = make_env
+        self._evaluation_env: MixtureEnv | None = None
+        self.decisions = decisions_per_episode(self.venv)
+        self.rows: list[Row] = []
+        self.seconds = 0.0
+        self.best_objective = float("inf")
+
+    def checkpoint(self, name: str) -> Path:
+        """Folder of the checkpoint "initial", "last" or "best"."""
+        return self.folder / "checkpoints" / name
+
+    def save(self, name: str) -> None:
+        """Save agent, log and clock as checkpoint `name`."""
+        extra = {"rows": self.rows, "seconds": self.seconds, "best_objective": self.best_objective}
+        save_checkpoint(self.checkpoint(name), self.agent, self.venv, extra)
+
+    def load(self, name: str, *, resume: bool = True) -> None:
+        """Go on from checkpoint `name`."""
+        extra = load_checkpoint(self.checkpoint(name), self.agent, self.venv, resume=resume)
+        self.rows, self.seconds = extra["rows"], float(extra["seconds"])
+        self.best_objective = float(extra["best_objective"])
+
+    def load_networks(self, name: str) -> None:
+        """Take the networks of checkpoint `name` and nothing else of it."""
+        load_networks(self.checkpoint(name), self.agent)
+
+    def learn(self, on_decision: Callable[[Row], None] = lambda row: None) -> None:
+        """Learn until the budget of episodes is spent, resuming from the last checkpoint if there is one."""
+        if (self.checkpoint("last") / "manifest.json").exists():
+            self.load("last")
+        remaining = self.learning.episodes * self.decisions - self.agent.num_timesteps
+        if remaining <= 0:
+            return
+        self.agent.set_logger(_logger(self.folder / "logs", self.agent.num_timesteps))
+        fresh = self.agent.num_timesteps == 0
+        callback = _Episodes(self, on_decision)
+        try:
+            self.agent.learn(remaining, callback=callback, reset_num_timesteps=fresh, log_interval=1)
+        finally:
+            self.agent.logger.close()
+
+    def policy(self, provenance: Mapping[str, Any]) -> Policy:
+        """The agent as it is now, in exported form."""
+        return to_policy(self.agent, self.venv, self.env, provenance)
+
+    def evaluate(self) -> Row:
+        """One deterministic episode on an environment of its own, always the same one."""
+        if self._evaluation_env is None:
+            self._evaluation_env = _unwrapped(self._make_env())
+        env, policy = self._evaluation_env, self.policy({})
+        observation, info = env.reset(seed=EVALUATION_SEED)
+        total, done = 0.0, False
+        while not done:
+            observation, reward, terminated, truncated, info = env.step(policy.act(observation))
+            total, done = total + reward, terminated or truncated
+        diverged = bool(info["diverged"])
+        return {"eval_return": total, "eval_objective": float("inf") if diverged else info["objective"]}
+
+
+class _Episodes(BaseCallback):
+    """Watches decisions; between episodes logs, evaluates, keeps the best and saves."""
+
+    def __init__(self, learner: Learner, on_decision: Callable[[Row], None]):
+        super().__init__()
+        self.learner = learner
+        self.on_decision = on_decision
+        self._between_episodes = False
+        self._begin()
+
+    def _begin(self) -> None:
+        self._seen: list[Row] = []
+        self._started = time.perf_counter()
+
+    def _on_training_start(self) -> None:
+        if not self.learner.rows and not self.learner.checkpoint("initial").exists():
+            self.learner.save("initial")
+
+    def _on_step(self) -> bool:
+        info, action = self.locals["infos"][0], np.asarray(self.locals["actions"])[0]
+        row = {
+            "reward": float(self.learner.venv.get_original_reward()[0]),
+            "saturation": float(np.mean(np.abs(action) > SATURATED)),
+            "clipped": info["clipped_frac"],
+            "objective": info["objective"],
+            "diverged": info["diverged"],
+        }
+        self._seen.append(row)
+        self._between_episodes = bool(self.locals["dones"][0])
+        self.on_decision(row)
+        return True
+
+    def _on_rollout_start(self) -> None:
+        if self._between_episodes:
+            self._end_episode()
+
+    def _on_training_end(self) -> None:
+        if self._between_episodes:
+            self._end_episode()
+
+    def _end_episode(self) -> None:
+        self._between_episodes = False
+        learner = self.learner
+        row: Row = {
+            "episode": len(learner.rows) + 1,
+            "decisions": learner.agent.num_timesteps,
+            "return": sum(seen["reward"] for seen in self._seen),
+            "objective": self._seen[-1]["objective"],
+            "saturation": float(np.mean([seen["saturation"] for seen in self._seen])),
+            "clipped": float(np.mean([seen["clipped"] for seen in self._seen])),
+            "diverged": self._seen[-1]["diverged"],
+        }
+        better = False
+        if self._evaluation_due(row["episode"]):
+            row |= learner.evaluate()
+            better = row["eval_objective"] < learner.best_objective
+            learner.best_objective = min(learner.best_objective, row["eval_objective"])
+        self._log(row)
+        learner.seconds += time.perf_counter() - self._started
+        learner.rows.append(row)
+        learner.save("last")
+        if better or not learner.checkpoint("best").exists():
+            learner.save("best")
+        self._begin()
+
+    def _evaluation_due(self, episode: int) -> bool:
+        every = self.learner.learning.evaluate_every
+        return episode >= self.learner.learning.episodes or (every > 0 and episode % every == 0)
+
+    def _log(self, row: Row) -> None:
+        names = {
+            "return": "env/return",
+            "objective": "proxy/objective_nats",
+            "saturation": "agent/saturation",
+            "clipped": "env/clipped_frac",
+            "eval_return": "env/eval_return",
+            "eval_objective": "proxy/eval_objective_nats",
+        }
+        for key, name in names.items():
+            if key in row:
+                self.logger.record(name, row[key])
+
+
+def _logger(folder: Path, num_timesteps: int) -> Logger:
+    """CSV always, TensorBoard where it is installed; a resumed run goes on in files of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kinds = ["csv", *(["tensorboard"] if find_spec("tensorboard") else [])]
+    return Logger(
+        str(folder), [make_output_format(kind, str(folder), f"_from_{num_timesteps}") for kind in kinds]
+    )
+
+
+def _unwrapped(env: gym.Env[Any, Any]) -> MixtureEnv:
+    assert isinstance(env.unwrapped, MixtureEnv)
+    return env.unwrapped

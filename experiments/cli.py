@@ -1,0 +1,126 @@
+"""The command line: `acodm COMMAND`. One frozen dataclass per command gives flags, defaults and help.
+
+Exit codes: 0 on success, 2 on a user's error (one line, no traceback), 1 otherwise.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+COMMANDS = {
+    "demo": ("DemoConfig", "the main job, end to end, in minutes"),
+    "prepare": ("PrepareConfig", "tokenise a corpus into a token store"),
+    "train": ("TrainConfig", "learn a mixing policy on a proxy model"),
+    "export": ("ExportConfig", "write a learned agent as a policy folder"),
+    "transfer": ("TransferConfig", "train a target under a policy or a baseline"),
+    "mixture": ("MixtureConfig", "print the mixture of a run"),
+    "overhead": ("OverheadConfig", "measure what the gradient probe costs"),
+    "doctor": ("DoctorConfig", "print versions, device, paths and problems"),
+}
+"""Command: the name of its configuration in the module of the same name, and one line of help."""
+
+
+def main(arguments: Sequence[str] | None = None, command: str | None = None) -> None:
+    """Parse, run, and exit with the code that the outcome deserves.
+
+    Args:
+        arguments: without the program's name; default `sys.argv[1:]`.
+        command: fixes the command, for `python -m acodm_env.experiments.COMMAND`.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if command is not None:
+        arguments = [command, *arguments]
+    sys.exit(_guarded(arguments))
+
+
+def _guarded(arguments: list[str]) -> int:
+    from acodm_env.errors import AcodmError
+
+    try:
+        _dispatch(arguments)
+    except AcodmError as error:
+        print(f"acodm: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        again = " ".join(argument for argument in arguments if argument != "--fresh")
+        print(f"\nacodm: interrupted; nothing is lost. To go on: acodm {again}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+def _dispatch(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        return
+    if arguments[0] == "--version":
+        from acodm_env.version import __version__
+
+        print(__version__)
+        return
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        from acodm_env.errors import unknown
+
+        unknown("command", name, COMMANDS)
+    module = importlib.import_module(f"acodm_env.experiments.{name}")
+    module.run(_parse(name, getattr(module, COMMANDS[name][0]), rest))
+
+
+def _overview() -> str:
+    lines = ["usage: acodm COMMAND [--help] [--config FILE.yaml] [--setting VALUE …]", "", "commands:"]
+    lines += [f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        [*lines, "", "`acodm COMMAND --help` lists a command's settings with defaults and units."]
+    )
+
+
+def _parse(name: str, kind: type[Any], arguments: list[str]) -> Any:
+    """Build the command's configuration from flags and an optional `--config` file."""
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    from acodm_env.errors import AcodmError, ConfigError
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog=f"acodm {name}", description=kind.__doc__, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file of settings; flags override it")
+    parser.add_class_arguments(kind, fail_untyped=True)
+    try:
+        parsed = parser.parse_args([_dashes(argument) for argument in arguments])
+    except AcodmError:
+        raise
+    except Exception as error:  # jsonargparse raises several kinds; each is a user's error here
+        raise ConfigError(_explain(str(error), parser, arguments)) from error
+    settings = {key: value for key, value in parsed.as_dict().items() if key != "config"}
+    return kind(**settings)
+
+
+def _dashes(argument: str) -> str:
+    """Flags may be written with dashes; settings have underscores."""
+    if not argument.startswith("--"):
+        return argument
+    flag, equals, value = argument.partition("=")
+    return "--" + flag[2:].replace("-", "_") + equals + value
+
+
+def _explain(message: str, parser: Any, arguments: list[str]) -> str:
+    """The parser's complaint, with a suggestion for a mistyped flag."""
+    from difflib import get_close_matches
+
+    flags = [option for action in parser._actions for option in action.option_strings]
+    for argument in arguments:
+        flag = _dashes(argument).partition("=")[0]
+        if flag.startswith("--") and flag not in flags:
+            near = get_close_matches(flag, flags, n=1)
+            return f"{flag}: no such setting; " + (
+                f"did you mean {near[0]}?" if near else f"see {parser.prog} --help"
+            )
+    return " ".join(message.split())
+
+
+if __name__ == "__main__":
+    main()

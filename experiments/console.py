@@ -1,0 +1,27 @@
+"""How every command speaks: results to standard output, progress and its forecast to standard error."""
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from tqdm import tqdm
+
+
+def say(text: str = "") -> None:
+    """One line of result."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def progress(total: int, label: str, *, quiet: bool, done: int = 0, unit: str = "step") -> "tqdm[Any]":
+    """A bar with the time left; silent when `quiet`."""
+    return tqdm(
+        total=total, initial=done, desc=label, unit=unit, disable=quiet, dynamic_ncols=True, smoothing=0.1
+    )
+
+
+def listing(rows: Iterable[tuple[str, object]]) -> str:
+    """Aligned "name  value" lines."""
+    pairs = [(name, str(value)) for name, value in rows]
+    width = max(len(name) for name, _ in pairs)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in pairs)

@@ -1,0 +1,201 @@
+"""From runs to numbers and pictures: the table that every comparison prints, and `report.png`."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from acodm_env.experiments.runs import RunFolder
+from acodm_env.files import atomic_file
+from acodm_env.render import plot_mixture
+from acodm_env.trainer import Array
+
+
+def curve(run: RunFolder) -> tuple[Array, Array]:
+    """Steps (E,) and per-target test losses (E, M) of a run's evaluations."""
+    records = run.lines("eval.jsonl")
+    losses = [[np.nan if x is None else x for x in record["losses"]] for record in records]
+    return np.array([record["step"] for record in records], dtype=np.float64), np.array(
+        losses, dtype=np.float64
+    )
+
+
+def mean_perplexity(losses: Array) -> Array:
+    """Unweighted mean over the last axis of exp(loss)."""
+    perplexity: Array = np.exp(losses).mean(-1)
+    return perplexity
+
+
+def first_crossing(steps: Array, perplexity: Array, level: float) -> float | None:
+    """Step at which `perplexity` first reaches `level`, log-linear between evaluations; None if it never does."""
+    reached = np.flatnonzero(perplexity <= level)
+    if not len(reached):
+        return None
+    at = int(reached[0])
+    if at == 0:
+        return float(steps[0])
+    above, below = np.log(perplexity[at - 1]), np.log(perplexity[at])
+    share = (above - np.log(level)) / (above - below)
+    return float(steps[at - 1] + share * (steps[at] - steps[at - 1]))
+
+
+def mixer_result(run: RunFolder, reference: RunFolder | None) -> dict[str, Any]:
+    """The stable per-mixer fields of `result.json`; the ratio is null without a reference or a crossing."""
+    steps, losses = curve(run)
+    records = run.lines("stats.jsonl")
+    targets = run.lines("eval.jsonl")[-1]["targets"]
+    ratio = None
+    if reference is not None:
+        ref_steps, ref_losses = curve(reference)
+        ref_perplexity = mean_perplexity(ref_losses)
+        best = int(np.nanargmin(ref_perplexity))
+        crossing = first_crossing(steps, mean_perplexity(losses), float(ref_perplexity[best]))
+        ratio = None if crossing is None else crossing / float(ref_steps[best])
+    return {
+        "mean_loss_nats": _finite(losses[-1].mean()),
+        "mean_perplexity": _finite(mean_perplexity(losses[-1])),
+        "domain_loss_nats": {name: _finite(loss) for name, loss in zip(targets, losses[-1], strict=True)},
+        "steps_to_reference_ratio": ratio,
+        "seconds_per_step": float(np.median([record["seconds"] for record in records])),
+        "diverged": bool(records[-1]["diverged"]),
+    }
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def table(results: Mapping[str, Mapping[str, Any]], reference: str) -> str:
+    """The comparison as aligned text, best mean loss first."""
+    header = ("mixer", "mean loss", "mean ppl", f"steps to {reference}'s best", "s/step")
+    rows = [header]
+    for name, result in sorted(results.items(), key=lambda item: item[1]["mean_loss_nats"] or np.inf):
+        ratio = result["steps_to_reference_ratio"]
+        rows.append(
+            (
+                name,
+                _number(result["mean_loss_nats"], ".4f"),
+                _number(result["mean_perplexity"], ".2f"),
+                "never" if ratio is None else f"{ratio:.3f}×",
+                _number(result["seconds_per_step"], ".3f"),
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    lines = [
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    lines.insert(1, "  ".join("-" * w for w in widths))
+    return "\n".join(lines)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "diverged" if value is None else format(value, form)
+
+
+def verdicts(results: Mapping[str, Mapping[str, Any]], policy: str = "policy") -> list[str]:
+    """Plain sentences on the learned policy against every other run: one seed shows no significance, and says so.
+
+    Two runs count as "cannot be told apart" when their per-domain losses differ by less than twice the standard
+    error of the difference over domains: a rough yardstick for one seed, not a test.
+    """
+    lines = []
+    for name, result in results.items():
+        if name == policy:
+            continue
+        difference = _difference(results[policy], result)
+        if difference is None:
+            lines.append(f"{policy} against {name}: one of them diverged.")
+            continue
+        mean, error = difference
+        if abs(mean) < 2 * error:
+            word = "cannot be told apart from"
+        else:
+            word = "beats" if mean < 0 else "LOSES to"
+        lines.append(
+            f"{policy} {word} {name}: mean loss {mean:+.4f} nats (± {2 * error:.4f} over domains, one seed)."
+        )
+    return lines
+
+
+def _difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[float, float] | None:
+    pairs = [
+        (first["domain_loss_nats"][name], second["domain_loss_nats"][name])
+        for name in first["domain_loss_nats"]
+    ]
+    if any(a is None or b is None for a, b in pairs):
+        return None
+    delta = np.array([a - b for a, b in pairs])
+    error = float(delta.std(ddof=1) / np.sqrt(len(delta))) if len(delta) > 1 else 0.0
+    return float(delta.mean()), error
+
+
+def draw(runs: Mapping[str, RunFolder], path: Path, title: str) -> None:
+    """Write the picture: held-out perplexity against steps on top, each mixer's mixture over time below."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2.6 * max(len(runs), 3), 7.5), dpi=110, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    top, bottom = figure.subfigures(2, 1, height_ratios=[1.25, 1])
+    whole, end = top.subplots(1, 2, width_ratios=[2, 1])
+    _draw_perplexity(whole, runs, 0.0)
+    _draw_perplexity(end, runs, 0.7)
+    whole.set_title(title, loc="left", fontsize="medium")
+    end.set_title("the last 30 %", loc="left", fontsize="medium")
+    whole.legend(fontsize="small")
+    axes = np.atleast_1d(bottom.subplots(1, len(runs), sharey=True))
+    for ax, (name, run) in zip(axes, runs.items(), strict=True):
+        _draw_mixture(ax, run)
+        ax.set_title(name, fontsize="medium")
+    axes[0].set_ylabel("mixture weight (as drawn, smoothed)")
+    handles, labels = axes[0].get_legend_handles_labels()
+    bottom.legend(
+        handles, labels, loc="outside lower center", ncols=len(labels), fontsize="small", frameon=False
+    )
+    with atomic_file(path) as file:
+        canvas.print_png(file)
+
+
+def _draw_perplexity(ax: Any, runs: Mapping[str, RunFolder], begin: float) -> None:
+    for name, run in runs.items():
+        steps, losses = curve(run)
+        shown = steps >= max(begin * steps[-1], 1)
+        ax.plot(steps[shown], mean_perplexity(losses)[shown], label=name, lw=1.6 if name == "policy" else 1.1)
+    ax.set_yscale("log")
+    ax.set_xlabel("optimiser step")
+    ax.set_ylabel("mean test perplexity")
+    ax.grid(alpha=0.3, which="both")
+
+
+def _draw_mixture(ax: Any, run: RunFolder) -> None:
+    records = run.lines("stats.jsonl")
+    mixture = smooth(np.array([record["realised"] for record in records]), max(1, len(records) // 20))
+    plot_mixture(ax, [record["step"] for record in records], mixture, run.config["domains"])
+    ax.set_ylabel("")
+    ax.set_xlabel("optimiser step")
+    ax.margins(x=0)
+
+
+def smooth(values: Array, width: int) -> Array:
+    """Centred moving average over the first axis, the window cut at both ends."""
+    sums = np.cumsum(np.concatenate([np.zeros_like(values[:1]), values]), axis=0)
+    centre = np.arange(len(values))
+    low, high = np.maximum(centre - width, 0), np.minimum(centre + width + 1, len(values))
+    averaged: Array = (sums[high] - sums[low]) / (high - low)[:, None]
+    return averaged
+
+
+def time_averaged(run: RunFolder) -> dict[str, dict[str, float]]:
+    """A run's mixtures by name: the mean over steps of what was requested, and the last one."""
+    records: Sequence[Mapping[str, Any]] = run.lines("stats.jsonl")
+    requested = np.array([record["requested"] for record in records])
+    domains = run.config["domains"]
+    return {
+        "time_averaged": dict(zip(domains, requested.mean(0).tolist(), strict=True)),
+        "final": dict(zip(domains, requested[-1].tolist(), strict=True)),
+    }

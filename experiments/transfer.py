@@ -1,0 +1,168 @@
+"""`acodm transfer`: pre-train a target model under an exported policy or a baseline. No RL library is imported."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from acodm_env.agents.baselines import make_mixer
+from acodm_env.corpus import TokenStore, open_corpus
+from acodm_env.errors import ConfigError
+from acodm_env.experiments.console import listing, progress, say
+from acodm_env.experiments.report import mixer_result
+from acodm_env.experiments.runs import RunFolder, open_run, run_mixer
+from acodm_env.files import write_json
+from acodm_env.policy import Policy, PolicyMixer, scaled_interval
+from acodm_env.trainer import Lagged, Mixer, Trainer
+
+if TYPE_CHECKING:
+    from acodm_env.pretrain.trainer import LMConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferConfig:
+    """Pre-train a target language model under an exported policy (--policy) or a baseline (--mixer)."""
+
+    policy: str | None = None
+    """Folder of an exported policy."""
+    mixer: str | None = None
+    """Name of a baseline, instead of a policy: uniform, proportional, static, odm-paper, odm-released, exp3."""
+    weights: str | None = None
+    """Mixture for --mixer static: "name=0.5,other=0.5", or the JSON that `acodm mixture` prints."""
+    corpus: str = "pocket"
+    """Folder of a token store, or "pocket"."""
+    target: str = "small"
+    """Model: preset (tiny, small, pythia-14m … pythia-1b), a config.json, or a hub name."""
+    steps: int = 300
+    """Optimiser steps."""
+    batch_size: int = 32
+    """Sequences per step."""
+    sequence_length: int = 128
+    """Tokens per sequence."""
+    learning_rate: float = 2e-3
+    """Peak learning rate."""
+    schedule: str = "cosine"
+    """Learning-rate schedule after the warm-up: cosine or constant."""
+    decision_every: int | None = None
+    """Steps between decisions of a policy; default: as learned, scaled by the ratio of horizons."""
+    evaluations: int = 60
+    """Evaluations on the test split during the run."""
+    eval_sequences: int = 8
+    """Held-out sequences per domain and split."""
+    reference: str | None = None
+    """Folder of a finished run, against whose best perplexity the steps are counted."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: str = "auto"
+    """auto (bf16 where a CUDA device has it), fp32 or bf16."""
+    seed: int = 0
+    """Seed of model initialisation and data order: the same for every mixer to be compared."""
+    out: str = "runs/transfer"
+    """Folder of the run; the same command again resumes it."""
+    quiet: bool = False
+    """No progress bar."""
+
+    def __post_init__(self) -> None:
+        if (self.policy is None) == (self.mixer is None):
+            raise ConfigError("policy, mixer: give exactly one of them, --policy DIR or --mixer NAME")
+        if self.weights is not None and self.mixer != "static":
+            raise ConfigError(f"weights={self.weights}: only --mixer static takes weights")
+        for name in ("steps", "evaluations"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
+
+
+def run(config: TransferConfig) -> None:
+    """Train, print the result and where it lies."""
+    store = open_corpus(config.corpus)
+    mixer = choose_mixer(config)
+    reference = open_run(config.reference) if config.reference else None
+    result = transfer(config, store, mixer, reference)
+    say(
+        listing((name, value) for name, value in result.items() if name not in ("config", "domain_loss_nats"))
+    )
+    say(
+        listing(
+            (f"  {name}", f"{loss:.4f} nats") for name, loss in result["domain_loss_nats"].items() if loss
+        )
+    )
+    say(f"run: {config.out} (result.json, stats.jsonl, eval.jsonl)")
+
+
+def choose_mixer(config: TransferConfig) -> Mixer:
+    """The exported policy or the baseline that the configuration names."""
+    if config.policy is not None:
+        return PolicyMixer(Policy.load(config.policy))
+    assert config.mixer is not None
+    options = {"weights": config.weights} if config.mixer == "static" else {}
+    return make_mixer(config.mixer, **options)
+
+
+def transfer(
+    config: TransferConfig, store: TokenStore, mixer: Mixer, reference: RunFolder | None = None
+) -> dict[str, Any]:
+    """Run (or resume, or just report) one target run and return its `result.json`."""
+    settings = asdict(config)
+    for name in ("quiet", "out", "reference"):
+        settings.pop(name)
+    folder = RunFolder(
+        config.out,
+        settings
+        | {"domains": list(store.domains), "corpus_fingerprint": store.fingerprint, "name": mixer.name},
+    )
+    if folder.result is None:
+        _train(config, store, mixer, folder)
+    fields = mixer_result(folder, reference)
+    result = {"mixer": mixer.name, **fields, "corpus_fingerprint": store.fingerprint, "config": folder.config}
+    write_json(folder.path / "result.json", result)
+    return result
+
+
+def _train(config: TransferConfig, store: TokenStore, mixer: Mixer, folder: RunFolder) -> None:
+    trainer = target_trainer(config, store, mixer)
+    mixer.start(trainer.info)  # refuses a policy that does not fit before anything is built
+    device = trainer.inner.device if isinstance(trainer, Lagged) else trainer.device  # type: ignore[attr-defined]
+    if not config.quiet:
+        say(f"{mixer.name} drives {config.target} for {config.steps} steps on {device}")
+    with progress(config.steps, mixer.name, quiet=config.quiet) as bar:
+
+        def on_step(stats: Any) -> None:
+            bar.update(stats.step - bar.n)
+            bar.set_postfix_str(f"loss {stats.loss:.3f}", refresh=False)
+
+        run_mixer(folder, trainer, mixer, seed=config.seed, evaluations=config.evaluations, on_step=on_step)
+
+
+def target_trainer(config: TransferConfig, store: TokenStore, mixer: Mixer) -> Trainer:
+    """The target on Accelerate; behind the lag that the policy learned with, if any."""
+    from acodm_env.pretrain.trainer import LMTrainer, target_accelerator
+
+    trainer = LMTrainer(lm_config(config, mixer), store, target_accelerator(config.device))
+    lag = mixer.policy.lag if isinstance(mixer, PolicyMixer) else 0
+    return Lagged(trainer, lag) if lag else trainer
+
+
+def lm_config(config: TransferConfig, mixer: Mixer) -> "LMConfig":
+    """The target's settings; a policy brings its own interval between decisions."""
+    from acodm_env.pretrain.trainer import LMConfig
+
+    interval = config.decision_every or 1
+    if isinstance(mixer, PolicyMixer) and config.decision_every is None:
+        interval = scaled_interval(mixer.policy, config.steps)
+    return LMConfig(
+        model=config.target,
+        horizon=config.steps,
+        decision_every=interval,
+        batch_size=config.batch_size,
+        sequence_length=config.sequence_length,
+        learning_rate=config.learning_rate,
+        schedule=config.schedule,
+        eval_sequences=config.eval_sequences,
+        device=config.device,
+        precision=config.precision,
+    )
+
+
+if __name__ == "__main__":
+    from acodm_env.experiments.cli import main
+
+    main(command="transfer")

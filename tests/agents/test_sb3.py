@@ -1,0 +1,149 @@
+import numpy as np
+import pytest
+import torch
+from toy import ToyTrainer
+
+from acodm_env.agents.export import export, parity
+from acodm_env.agents.learning import Learner, Learning
+from acodm_env.agents.sb3 import ALGORITHMS, AgentRecipe, make_agent, vectorise
+from acodm_env.env import MixtureEnv
+from acodm_env.errors import ConfigError, DataError
+from acodm_env.policy import Policy
+from acodm_env.reward import RewardConfig
+
+SMALL = AgentRecipe(hidden=(16,), batch_size=8, learning_starts=4, buffer_size=200)
+
+
+def toy_env(best=(0.6, 0.3, 0.1), horizon=10, **options):
+    return MixtureEnv(
+        ToyTrainer(best, horizon=horizon), reward=RewardConfig(terms={"progress": 1.0}), **options
+    )
+
+
+def learner(folder, algo="td3", episodes=4, recipe=SMALL, **options):
+    return Learner(
+        lambda: toy_env(**options), Learning(algo=algo, episodes=episodes, evaluate_every=2), recipe, folder
+    )
+
+
+def weights_of(agent):
+    return {name: p.detach().clone() for name, p in agent.policy.state_dict().items()}
+
+
+def test_unknown_algorithm_is_refused_with_a_suggestion():
+    with pytest.raises(ConfigError, match="did you mean 'td3'"):
+        make_agent("td4", vectorise(toy_env(), 0.95))
+
+
+@pytest.mark.parametrize("algo", ["td3", "ddpg"])
+def test_one_update_changes_the_actor_and_the_actor_loss_changes_no_critic(algo):
+    """The released code steps the critic's optimiser after the actor's backward pass; its actor never learns."""
+    agent = learner_agent = make_agent(algo, vectorise(toy_env(), 0.95), SMALL)
+    agent.learn(8)
+    before = weights_of(agent)
+    critic_steps, actor_steps = [], []
+    agent.critic.optimizer.register_step_post_hook(lambda *_: critic_steps.append(weights_of(learner_agent)))
+    agent.actor.optimizer.register_step_post_hook(lambda *_: actor_steps.append(weights_of(learner_agent)))
+    agent.train(gradient_steps=2, batch_size=8)
+    after = weights_of(agent)
+    actor = [name for name in after if name.startswith("actor.")]
+    critic = [name for name in after if name.startswith("critic.")]
+    assert any((after[name] != before[name]).any() for name in actor)
+    assert actor_steps
+    for changed in actor_steps:  # at an actor step the critic is as its own last step left it
+        last = [seen for seen in critic_steps if all(torch.equal(seen[n], changed[n]) for n in critic)]
+        assert last
+
+
+@pytest.mark.parametrize("algo", sorted(ALGORITHMS))
+def test_every_algorithm_learns_exports_and_reloads_exactly(algo, tmp_path):
+    run = learner(tmp_path, algo)
+    run.learn()
+    policy = run.policy({"note": "test"})
+    error = export(policy, tmp_path / "policy", run.agent, run.venv)
+    assert error <= 1e-5
+    loaded = Policy.load(tmp_path / "policy")
+    assert loaded.domains == ("domain0", "domain1", "domain2")
+    assert parity(loaded, run.agent, run.venv) == error
+    assert loaded.provenance["note"] == "test"
+    assert len(run.rows) == 4
+    assert np.isfinite(run.best_objective)
+
+
+@pytest.mark.parametrize("algo", ["td3", "sac", "ppo"])
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(algo, tmp_path):
+    whole = learner(tmp_path / "whole", algo)
+    whole.learn()
+
+    class Killed(Exception):
+        pass
+
+    def kill(row):
+        seen.append(row)
+        if len(seen) == 27:  # in the third episode of ten decisions
+            raise Killed
+
+    seen: list = []
+    first = learner(tmp_path / "cut", algo)
+    with pytest.raises(Killed):
+        first.learn(kill)
+    torch.manual_seed(99)
+    np.random.seed(99)
+    second = learner(tmp_path / "cut", algo)
+    second.learn()
+    expected, resumed = weights_of(whole.agent), weights_of(second.agent)
+    assert expected.keys() == resumed.keys()
+    for name, value in expected.items():
+        assert torch.equal(value, resumed[name]), name
+    assert [row["return"] for row in whole.rows] == [row["return"] for row in second.rows]
+    np.testing.assert_array_equal(whole.venv.obs_rms.mean, second.venv.obs_rms.mean)
+    if algo != "ppo":
+        np.testing.assert_array_equal(
+            whole.agent.replay_buffer.observations, second.agent.replay_buffer.observations
+        )
+
+
+def test_edited_checkpoint_is_refused(tmp_path):
+    run = learner(tmp_path)
+    run.learn()
+    networks = run.checkpoint("last") / "networks.pt"
+    networks.write_bytes(networks.read_bytes()[:-1] + b"x")
+    with pytest.raises(DataError, match="checksum"):
+        learner(tmp_path).load("last")
+
+
+def test_replay_stays_finite_when_the_language_model_diverges(tmp_path):
+    def make():
+        return MixtureEnv(ToyTrainer((0.5, 0.5), horizon=10, diverge_at=7))
+
+    run = Learner(make, Learning(episodes=3, evaluate_every=0), SMALL, tmp_path)
+    run.learn()
+    buffer = run.agent.replay_buffer
+    assert np.isfinite(buffer.rewards[: buffer.size()]).all()
+    assert np.isfinite(buffer.observations[: buffer.size()]).all()
+    assert all(torch.isfinite(p).all() for p in weights_of(run.agent).values())
+
+
+def test_td3_finds_the_known_best_mixture(tmp_path):
+    """Rewards z-scored over domains leave no signal (the released code); here the best mixture must be found."""
+    best = (0.6, 0.3, 0.1)
+    recipe = AgentRecipe(
+        learning_rate=1e-3, hidden=(32, 32), learning_starts=100, gradient_steps=1, gamma=0.5
+    )
+    run = Learner(
+        lambda: toy_env(best, horizon=20, fields=["progress", "sample_share"]),
+        Learning(episodes=75, evaluate_every=0),
+        recipe,
+        tmp_path,
+    )
+    run.learn()
+    policy = run.policy({})
+    env = toy_env(best, horizon=20, fields=["progress", "sample_share"])
+    observation, _ = env.reset(seed=0)
+    mixtures = []
+    for _ in range(20):
+        observation, *_, info = env.step(policy.act(observation))
+        mixtures.append(info["weights"])
+    error = np.abs(np.mean(mixtures, axis=0) - best).max()
+    start = np.abs(np.full(3, 1 / 3) - best).max()
+    assert error < 0.08 < start
