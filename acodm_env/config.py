@@ -19,6 +19,4 @@ def from_dict(kind: type[Config], settings: Mapping[str, Any], name: str) -> Con
     for key in settings:
         if key not in allowed:
             unknown(f"{name}.<setting>", key, allowed)
-    return kind(
-        **{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
-    )
+    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()})

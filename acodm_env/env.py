@@ -270,9 +270,7 @@ class ProxyPretrainEnv(MixtureEnv, EzPickle):
             "decision_every": steps_per_action,
             "device": device,
         }
-        trainer: Trainer = LMTrainer(
-            from_dict(LMConfig, settings | dict(lm or {}), "lm"), open_corpus(corpus)
-        )
+        trainer: Trainer = LMTrainer(from_dict(LMConfig, settings | dict(lm or {}), "lm"), open_corpus(corpus))
         super().__init__(
             Lagged(trainer, lag) if lag else trainer,
             fields=fields,

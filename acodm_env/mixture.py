@@ -24,9 +24,7 @@ def check_weights(weights: object, num_domains: int, name: str = "weights") -> A
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{name}={weights}: must be {num_domains} numbers") from error
     if array.shape != (num_domains,):
-        raise ConfigError(
-            f"{name}={weights}: must hold {num_domains} numbers, one per domain; got shape {array.shape}"
-        )
+        raise ConfigError(f"{name}={weights}: must hold {num_domains} numbers, one per domain; got shape {array.shape}")
     if not np.isfinite(array).all():
         raise ConfigError(f"{name}={array.tolist()}: must be finite; NaN comes from a diverged mixer or loss")
     if (array < 0).any() or array.sum() <= 0:
@@ -56,9 +54,7 @@ class ActionMap:
         if not 0 <= self.floor < 1:
             raise ConfigError(f"floor={self.floor}: must be in [0, 1)")
         if self.prior is not None and min(self.prior) <= 0:
-            raise ConfigError(
-                f"prior={self.prior}: must be positive everywhere; use the floor for rare domains"
-            )
+            raise ConfigError(f"prior={self.prior}: must be positive everywhere; use the floor for rare domains")
 
     def weights(self, action: Array) -> Array:
         """Mixture (K,) of an action (K,), which is clipped to [−1, 1]."""
@@ -139,9 +135,7 @@ class Composer:
     def __init__(self, num_domains: int):
         self.carry: Array = np.zeros(num_domains)
 
-    def compose(
-        self, weights: Array, batch_size: int, masked: NDArray[np.bool_] | None = None
-    ) -> NDArray[np.int64]:
+    def compose(self, weights: Array, batch_size: int, masked: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
         """Counts (K,), non-negative and summing to `batch_size`.
 
         Args:

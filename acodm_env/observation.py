@@ -136,9 +136,7 @@ FIELDS: dict[str, Field] = {
             "layers",
             lambda o: o.layer_changes,
         ),
-        _field(
-            "progress", "step / horizon", _one, 0.0, 1.0, "", lambda o: np.array([o.step / o.info.horizon])
-        ),
+        _field("progress", "step / horizon", _one, 0.0, 1.0, "", lambda o: np.array([o.step / o.info.horizon])),
         _field(
             "pending",
             "mixtures decided but not yet in effect, oldest first",

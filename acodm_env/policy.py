@@ -121,14 +121,10 @@ class Policy:
             )
         claimed = contract.pop("contract_sha256", None)
         if claimed != _digest(contract):
-            raise PolicyError(
-                f"{path}/policy.json: checksum does not match: the file was edited; export it again"
-            )
+            raise PolicyError(f"{path}/policy.json: checksum does not match: the file was edited; export it again")
         weights = path / "policy.safetensors"
         if not weights.is_file() or sha256(weights) != contract["weights_sha256"]:
-            raise PolicyError(
-                f"{weights}: missing, or its checksum does not match: cut short or edited; export again"
-            )
+            raise PolicyError(f"{weights}: missing, or its checksum does not match: cut short or edited; export again")
         policy = cls._from_contract(contract, weights)
         policy._check_shapes(path)
         return policy
@@ -161,9 +157,7 @@ class Policy:
         width = sum(size for _, size in self.fields)
         for weight, bias, activation in self.layers:
             if activation not in _ACTIVATIONS or weight.shape != (len(bias), width):
-                raise PolicyError(
-                    f"{path}: layer {weight.shape} does not follow {width} inputs; export it again"
-                )
+                raise PolicyError(f"{path}: layer {weight.shape} does not follow {width} inputs; export it again")
             width = len(bias)
         if width != len(self.domains):
             raise PolicyError(f"{path}: {width} outputs for {len(self.domains)} domains; export it again")
@@ -176,14 +170,10 @@ class Policy:
             detail = f"only in the policy: {only_policy}; only in the corpus: {only_run}"
             if not only_policy and not only_run:
                 detail = f"same names in another order: {list(self.domains)} against {list(info.domains)}"
-            raise PolicyError(
-                f"domains: the policy does not fit this corpus; {detail}; learn one on this corpus"
-            )
+            raise PolicyError(f"domains: the policy does not fit this corpus; {detail}; learn one on this corpus")
         for name, size in self.fields:
             if name not in FIELDS:
-                raise PolicyError(
-                    f"fields: this version of the package has no field '{name}'; export it again"
-                )
+                raise PolicyError(f"fields: this version of the package has no field '{name}'; export it again")
             if FIELDS[name].size(info) != size:
                 raise PolicyError(
                     f"fields: '{name}' has {FIELDS[name].size(info)} entries here, {size} in the policy; "
@@ -206,9 +196,7 @@ class PolicyMixer(Mixer):
     def __init__(self, policy: Policy, name: str = "policy"):
         self.policy = policy
         self.name = name
-        self.needs = frozenset().union(
-            *(FIELDS[field].needs for field, _ in policy.fields if field in FIELDS)
-        )
+        self.needs = frozenset().union(*(FIELDS[field].needs for field, _ in policy.fields if field in FIELDS))
 
     def start(self, info: RunInfo) -> None:
         """Check that the policy fits and take the first decision.

@@ -15,18 +15,14 @@ def as_text(info: RunInfo, weights: Array, losses: Array, history: Sequence[Step
     """One line per domain: weight as a bar, last loss in nats."""
     step = history[-1].step if history else 0
     width = max(len(name) for name in info.domains)
-    lines = [
-        f"step {step}/{info.horizon}  loss {history[-1].loss if history else info.initial_loss_nats:.3f} nats"
-    ]
+    lines = [f"step {step}/{info.horizon}  loss {history[-1].loss if history else info.initial_loss_nats:.3f} nats"]
     for name, weight, loss in zip(info.domains, weights, losses, strict=True):
         bar = "█" * round(_BAR * float(weight))
         lines.append(f"{name:<{width}} {weight:6.3f} {bar:<{_BAR}} {loss:7.3f}")
     return "\n".join(lines)
 
 
-def as_picture(
-    info: RunInfo, weights: Array, losses: Array, history: Sequence[StepStats]
-) -> NDArray[np.uint8]:
+def as_picture(info: RunInfo, weights: Array, losses: Array, history: Sequence[StepStats]) -> NDArray[np.uint8]:
     """Mixture as stacked areas over steps and per-domain losses, uint8 (400, 800, 3)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

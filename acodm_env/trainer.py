@@ -113,9 +113,7 @@ def merge(first: StepStats, second: StepStats) -> StepStats:
     """Sum two consecutive windows: gradients before their Gram matrix, losses weighted by tokens."""
     counts = first.counts + second.counts
     tokens = first.loss_tokens + second.loss_tokens
-    total = (
-        np.nan_to_num(first.losses) * first.loss_tokens + np.nan_to_num(second.losses) * second.loss_tokens
-    )
+    total = np.nan_to_num(first.losses) * first.loss_tokens + np.nan_to_num(second.losses) * second.loss_tokens
     share = _steps(first) / (_steps(first) + _steps(second))
     weight = first.loss_tokens.sum() / max(tokens.sum(), 1.0)
     both = first.gradients is not None and second.gradients is not None
@@ -265,9 +263,7 @@ class Lagged:
         """Queue `weights`, train under the oldest mixture of the queue."""
         self._queue.append(np.asarray(weights, dtype=np.float64))
         stats = self.inner.step(self._queue.popleft(), loss_weights)
-        return replace(
-            stats, mixture_age=float(self.lag), pending=np.array(self._queue) if self.lag else None
-        )
+        return replace(stats, mixture_age=float(self.lag), pending=np.array(self._queue) if self.lag else None)
 
     def evaluate(self, split: str) -> Array:
         """The inner trainer's held-out losses (M,)."""

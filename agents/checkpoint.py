@@ -46,9 +46,7 @@ def save_checkpoint(folder: Path, model: BaseAlgorithm, venv: VecNormalize, extr
         write_json(fresh / "manifest.json", {p.name: sha256(p) for p in sorted(fresh.iterdir())})
 
 
-def load_checkpoint(
-    folder: Path, model: BaseAlgorithm, venv: VecNormalize, *, resume: bool = True
-) -> dict[str, Any]:
+def load_checkpoint(folder: Path, model: BaseAlgorithm, venv: VecNormalize, *, resume: bool = True) -> dict[str, Any]:
     """Load into a freshly made agent and return the `extra` it was saved with.
 
     Args:

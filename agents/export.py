@@ -35,9 +35,7 @@ def actor_layers(model: BaseAlgorithm) -> Layers:
     elif isinstance(model, OnPolicyAlgorithm):
         modules, last = [*model.policy.mlp_extractor.policy_net, model.policy.action_net], "clip"  # type: ignore[list-item]
     else:
-        raise PolicyError(
-            f"algo={type(model).__name__}: its actor cannot be exported; use td3, ddpg, sac, ppo or a2c"
-        )
+        raise PolicyError(f"algo={type(model).__name__}: its actor cannot be exported; use td3, ddpg, sac, ppo or a2c")
     return _dense(modules, last)
 
 
@@ -53,17 +51,13 @@ def _dense(modules: list[nn.Module], last: str | None) -> Layers:
         elif type(module) in names and layers:
             layers[-1] = (*layers[-1][:2], names[type(module)])
         else:
-            raise PolicyError(
-                f"actor: a {type(module).__name__} layer cannot be exported; use an MLP of Linear layers"
-            )
+            raise PolicyError(f"actor: a {type(module).__name__} layer cannot be exported; use an MLP of Linear layers")
     if last is not None:
         layers[-1] = (*layers[-1][:2], last)
     return tuple(layers)
 
 
-def to_policy(
-    model: BaseAlgorithm, venv: VecNormalize, env: MixtureEnv, provenance: Mapping[str, Any]
-) -> Policy:
+def to_policy(model: BaseAlgorithm, venv: VecNormalize, env: MixtureEnv, provenance: Mapping[str, Any]) -> Policy:
     """The exported form of an agent: actor, observation statistics and everything a run must fit."""
     info = env.trainer.info
     return Policy(

@@ -201,9 +201,7 @@ def _logger(folder: Path, num_timesteps: int) -> Logger:
     """CSV always, TensorBoard where it is installed; a resumed run goes on in files of its own."""
     folder.mkdir(parents=True, exist_ok=True)
     kinds = ["csv", *(["tensorboard"] if find_spec("tensorboard") else [])]
-    return Logger(
-        str(folder), [make_output_format(kind, str(folder), f"_from_{num_timesteps}") for kind in kinds]
-    )
+    return Logger(str(folder), [make_output_format(kind, str(folder), f"_from_{num_timesteps}") for kind in kinds])
 
 
 def _unwrapped(env: gym.Env[Any, Any]) -> MixtureEnv:

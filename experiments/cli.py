@@ -74,9 +74,7 @@ def _dispatch(arguments: list[str]) -> None:
 def _overview() -> str:
     lines = ["usage: acodm COMMAND [--help] [--config FILE.yaml] [--setting VALUE …]", "", "commands:"]
     lines += [f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()]
-    return "\n".join(
-        [*lines, "", "`acodm COMMAND --help` lists a command's settings with defaults and units."]
-    )
+    return "\n".join([*lines, "", "`acodm COMMAND --help` lists a command's settings with defaults and units."])
 
 
 def _parse(name: str, kind: type[Any], arguments: list[str]) -> Any:
@@ -116,9 +114,7 @@ def _explain(message: str, parser: Any, arguments: list[str]) -> str:
         flag = _dashes(argument).partition("=")[0]
         if flag.startswith("--") and flag not in flags:
             near = get_close_matches(flag, flags, n=1)
-            return f"{flag}: no such setting; " + (
-                f"did you mean {near[0]}?" if near else f"see {parser.prog} --help"
-            )
+            return f"{flag}: no such setting; " + (f"did you mean {near[0]}?" if near else f"see {parser.prog} --help")
     return " ".join(message.split())
 
 

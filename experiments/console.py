@@ -15,9 +15,7 @@ def say(text: str = "") -> None:
 
 def progress(total: int, label: str, *, quiet: bool, done: int = 0, unit: str = "step") -> "tqdm[Any]":
     """A bar with the time left; silent when `quiet`."""
-    return tqdm(
-        total=total, initial=done, desc=label, unit=unit, disable=quiet, dynamic_ncols=True, smoothing=0.1
-    )
+    return tqdm(total=total, initial=done, desc=label, unit=unit, disable=quiet, dynamic_ncols=True, smoothing=0.1)
 
 
 def listing(rows: Iterable[tuple[str, object]]) -> str:

@@ -105,10 +105,5 @@ def corpus(path: str) -> dict[str, str]:
     from acodm_env.corpus import open_corpus
 
     store = open_corpus(path)
-    sizes = {
-        name: f"{size:,} tokens"
-        for name, size in zip(store.domains, store.sizes_tokens("train"), strict=True)
-    }
-    return {"corpus": f"{store.path} ({store.fingerprint[:16]})"} | {
-        f"  {name}": size for name, size in sizes.items()
-    }
+    sizes = {name: f"{size:,} tokens" for name, size in zip(store.domains, store.sizes_tokens("train"), strict=True)}
+    return {"corpus": f"{store.path} ({store.fingerprint[:16]})"} | {f"  {name}": size for name, size in sizes.items()}

@@ -16,9 +16,7 @@ def curve(run: RunFolder) -> tuple[Array, Array]:
     """Steps (E,) and per-target test losses (E, M) of a run's evaluations."""
     records = run.lines("eval.jsonl")
     losses = [[np.nan if x is None else x for x in record["losses"]] for record in records]
-    return np.array([record["step"] for record in records], dtype=np.float64), np.array(
-        losses, dtype=np.float64
-    )
+    return np.array([record["step"] for record in records], dtype=np.float64), np.array(losses, dtype=np.float64)
 
 
 def mean_perplexity(losses: Array) -> Array:
@@ -84,8 +82,7 @@ def table(results: Mapping[str, Mapping[str, Any]], reference: str) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
     lines = [
         "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         )
         for row in rows
     ]
@@ -116,17 +113,12 @@ def verdicts(results: Mapping[str, Mapping[str, Any]], policy: str = "policy") -
             word = "cannot be told apart from"
         else:
             word = "beats" if mean < 0 else "LOSES to"
-        lines.append(
-            f"{policy} {word} {name}: mean loss {mean:+.4f} nats (± {2 * error:.4f} over domains, one seed)."
-        )
+        lines.append(f"{policy} {word} {name}: mean loss {mean:+.4f} nats (± {2 * error:.4f} over domains, one seed).")
     return lines
 
 
 def _difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[float, float] | None:
-    pairs = [
-        (first["domain_loss_nats"][name], second["domain_loss_nats"][name])
-        for name in first["domain_loss_nats"]
-    ]
+    pairs = [(first["domain_loss_nats"][name], second["domain_loss_nats"][name]) for name in first["domain_loss_nats"]]
     if any(a is None or b is None for a, b in pairs):
         return None
     delta = np.array([a - b for a, b in pairs])
@@ -154,9 +146,7 @@ def draw(runs: Mapping[str, RunFolder], path: Path, title: str) -> None:
         ax.set_title(name, fontsize="medium")
     axes[0].set_ylabel("mixture weight (as drawn, smoothed)")
     handles, labels = axes[0].get_legend_handles_labels()
-    bottom.legend(
-        handles, labels, loc="outside lower center", ncols=len(labels), fontsize="small", frameon=False
-    )
+    bottom.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize="small", frameon=False)
     with atomic_file(path) as file:
         canvas.print_png(file)
 

@@ -164,9 +164,7 @@ def _timed(steps: Iterator[StepStats]) -> Iterator[tuple[StepStats, float]]:
 
 def _log_evaluation(folder: RunFolder, trainer: Trainer, step: int) -> None:
     losses = trainer.evaluate("test")
-    folder.append(
-        "eval.jsonl", {"step": step, "losses": _plain(losses), "targets": list(trainer.info.targets)}
-    )
+    folder.append("eval.jsonl", {"step": step, "losses": _plain(losses), "targets": list(trainer.info.targets)})
 
 
 def _stats_record(stats: StepStats, seconds: float) -> dict[str, Any]:

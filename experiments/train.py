@@ -116,9 +116,7 @@ def make_learner(config: TrainConfig) -> "Learner":
     learning = Learning(
         algo=config.algo, episodes=config.episodes, evaluate_every=config.evaluate_every, seed=config.seed
     )
-    return Learner(
-        make_env(config), learning, from_dict(AgentRecipe, config.agent, "agent"), Path(config.out)
-    )
+    return Learner(make_env(config), learning, from_dict(AgentRecipe, config.agent, "agent"), Path(config.out))
 
 
 def settings_of(config: TrainConfig) -> dict[str, Any]:
@@ -129,13 +127,9 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
 def run(config: TrainConfig) -> None:
     """Learn, print the log's last lines and where the results lie."""
     result = train(config)
-    say(
-        listing((name, value) for name, value in result.items() if name not in ("rows", "config", "versions"))
-    )
+    say(listing((name, value) for name, value in result.items() if name not in ("rows", "config", "versions")))
     say(episode_table(result["rows"]))
-    say(
-        f"run: {config.out} (checkpoints/best, logs/, result.json); next: acodm export --run {config.out} --out DIR"
-    )
+    say(f"run: {config.out} (checkpoints/best, logs/, result.json); next: acodm export --run {config.out} --out DIR")
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -149,9 +143,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
         def on_decision(row: dict[str, Any]) -> None:
             bar.update(learner.agent.num_timesteps - bar.n)
-            bar.set_postfix_str(
-                f"reward {row['reward']:+.2f} saturation {row['saturation']:.0%}", refresh=False
-            )
+            bar.set_postfix_str(f"reward {row['reward']:+.2f} saturation {row['saturation']:.0%}", refresh=False)
 
         learner.learn(on_decision)
     info = learner.env.trainer.info

@@ -1,7 +1,6 @@
 """`acodm transfer`: pre-train a target model under an exported policy or a baseline. No RL library is imported."""
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from acodm_env.agents.baselines import make_mixer
@@ -77,14 +76,8 @@ def run(config: TransferConfig) -> None:
     mixer = choose_mixer(config)
     reference = open_run(config.reference) if config.reference else None
     result = transfer(config, store, mixer, reference)
-    say(
-        listing((name, value) for name, value in result.items() if name not in ("config", "domain_loss_nats"))
-    )
-    say(
-        listing(
-            (f"  {name}", f"{loss:.4f} nats") for name, loss in result["domain_loss_nats"].items() if loss
-        )
-    )
+    say(listing((name, value) for name, value in result.items() if name not in ("config", "domain_loss_nats")))
+    say(listing((f"  {name}", f"{loss:.4f} nats") for name, loss in result["domain_loss_nats"].items() if loss))
     say(f"run: {config.out} (result.json, stats.jsonl, eval.jsonl)")
 
 
@@ -106,8 +99,7 @@ def transfer(
         settings.pop(name)
     folder = RunFolder(
         config.out,
-        settings
-        | {"domains": list(store.domains), "corpus_fingerprint": store.fingerprint, "name": mixer.name},
+        settings | {"domains": list(store.domains), "corpus_fingerprint": store.fingerprint, "name": mixer.name},
     )
     if folder.result is None:
         _train(config, store, mixer, folder)

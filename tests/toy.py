@@ -27,9 +27,7 @@ class ToyTrainer:
 
     provides = frozenset({"losses", "gram", "layers", "validation"})
 
-    def __init__(
-        self, best: tuple[float, ...], horizon: int = 20, decision_every: int = 1, diverge_at: int = 0
-    ):
+    def __init__(self, best: tuple[float, ...], horizon: int = 20, decision_every: int = 1, diverge_at: int = 0):
         num_domains = len(best)
         names = tuple(f"domain{i}" for i in range(num_domains))
         self.best = np.array(best)
@@ -73,9 +71,7 @@ class ToyTrainer:
             losses=np.where(counts > 0, np.nan if diverged else losses, np.nan),
             epochs=self.drawn / 200,
             drawn=self.drawn,
-            gradients=ToyGradients(self.gradients * counts[:, None], counts)
-            if "gram" in self.measure
-            else None,
+            gradients=ToyGradients(self.gradients * counts[:, None], counts) if "gram" in self.measure else None,
             layer_norms=np.full(3, 0.1),
             layer_changes=np.full(3, 0.01),
             loss=float("nan") if diverged else float(losses @ counts / 10),

@@ -167,9 +167,7 @@ class LMTrainer:
             self.accelerator.free_memory()
             model, optimizer = self.accelerator.prepare(model, optimizer)
         self.model, self.optimizer = model, optimizer
-        self.sampler = MixtureSampler(
-            self.store, "train", config.batch_size, config.sequence_length, seed=data_seed
-        )
+        self.sampler = MixtureSampler(self.store, "train", config.batch_size, config.sequence_length, seed=data_seed)
         self._probe: GradientProbe | None = None
         self._observed = observed_layers(self.bare_model, OBSERVED_DEPTHS)
         self._snapshot = [layer.detach().clone() for layer in self._observed]
@@ -332,9 +330,7 @@ class LMTrainer:
         self.optimizer.load_state_dict(_int_keys(_to_torch(state["optimizer"])))
         self.sampler.load_state_dict(state["sampler"])
         self._snapshot = [torch.from_numpy(array).to(self.device) for array in state["snapshot"].values()]
-        self.info = replace(
-            self.info, seed=int(state["seed"]), initial_layer_norms=tuple(state["initial_layer_norms"])
-        )
+        self.info = replace(self.info, seed=int(state["seed"]), initial_layer_norms=tuple(state["initial_layer_norms"]))
 
 
 def _decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:

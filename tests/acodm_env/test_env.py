@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env as gymnasium_check
 from stable_baselines3.common.env_checker import check_env as sb3_check
-from toy import ToyTrainer
 
 from acodm_env.env import MixtureEnv, parse_reward
 from acodm_env.errors import ConfigError
@@ -14,6 +13,7 @@ from acodm_env.interaction import InteractionConfig
 from acodm_env.mixture import ActionMap, Bounds
 from acodm_env.reward import RewardConfig
 from acodm_env.trainer import Lagged
+from toy import ToyTrainer
 
 
 def toy_env(num_domains=3, lag=0, horizon=20, **options):
@@ -121,9 +121,7 @@ def test_interaction_reward_by_hand():
 
 
 def test_progress_and_final_rewards_by_hand():
-    env = MixtureEnv(
-        ToyTrainer((0.5, 0.5), horizon=2), reward=RewardConfig(terms={"progress": 2.0, "final": 1.0})
-    )
+    env = MixtureEnv(ToyTrainer((0.5, 0.5), horizon=2), reward=RewardConfig(terms={"progress": 2.0, "final": 1.0}))
     env.reset(seed=0)
     _, first, _, _, info = env.step(np.zeros(2, dtype=np.float32))
     _, last, _, truncated, _ = env.step(np.zeros(2, dtype=np.float32))
@@ -178,9 +176,7 @@ def test_lag_delays_the_mixture_and_shows_what_is_pending():
 
 
 def test_epoch_cap_takes_a_spent_domain_out():
-    env = MixtureEnv(
-        ToyTrainer((0.5, 0.5), horizon=40), action=ActionMap(floor=0.0), bounds=Bounds(max_epochs=0.2)
-    )
+    env = MixtureEnv(ToyTrainer((0.5, 0.5), horizon=40), action=ActionMap(floor=0.0), bounds=Bounds(max_epochs=0.2))
     env.reset(seed=0)
     action = np.array([1.0, -1.0], dtype=np.float32)
     weights = [env.step(action)[4]["weights"] for _ in range(7)]

@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 import torch
-from toy import ToyTrainer
 
 from acodm_env.agents.export import export, parity
 from acodm_env.agents.learning import Learner, Learning
@@ -10,20 +9,17 @@ from acodm_env.env import MixtureEnv
 from acodm_env.errors import ConfigError, DataError
 from acodm_env.policy import Policy
 from acodm_env.reward import RewardConfig
+from toy import ToyTrainer
 
 SMALL = AgentRecipe(hidden=(16,), batch_size=8, learning_starts=4, buffer_size=200)
 
 
 def toy_env(best=(0.6, 0.3, 0.1), horizon=10, **options):
-    return MixtureEnv(
-        ToyTrainer(best, horizon=horizon), reward=RewardConfig(terms={"progress": 1.0}), **options
-    )
+    return MixtureEnv(ToyTrainer(best, horizon=horizon), reward=RewardConfig(terms={"progress": 1.0}), **options)
 
 
 def learner(folder, algo="td3", episodes=4, recipe=SMALL, **options):
-    return Learner(
-        lambda: toy_env(**options), Learning(algo=algo, episodes=episodes, evaluate_every=2), recipe, folder
-    )
+    return Learner(lambda: toy_env(**options), Learning(algo=algo, episodes=episodes, evaluate_every=2), recipe, folder)
 
 
 def weights_of(agent):
@@ -98,9 +94,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(algo, tmp_path
     assert [row["return"] for row in whole.rows] == [row["return"] for row in second.rows]
     np.testing.assert_array_equal(whole.venv.obs_rms.mean, second.venv.obs_rms.mean)
     if algo != "ppo":
-        np.testing.assert_array_equal(
-            whole.agent.replay_buffer.observations, second.agent.replay_buffer.observations
-        )
+        np.testing.assert_array_equal(whole.agent.replay_buffer.observations, second.agent.replay_buffer.observations)
 
 
 def test_edited_checkpoint_is_refused(tmp_path):
@@ -127,9 +121,7 @@ def test_replay_stays_finite_when_the_language_model_diverges(tmp_path):
 def test_td3_finds_the_known_best_mixture(tmp_path):
     """Rewards z-scored over domains leave no signal (the released code); here the best mixture must be found."""
     best = (0.6, 0.3, 0.1)
-    recipe = AgentRecipe(
-        learning_rate=1e-3, hidden=(32, 32), learning_starts=100, gradient_steps=1, gamma=0.5
-    )
+    recipe = AgentRecipe(learning_rate=1e-3, hidden=(32, 32), learning_starts=100, gradient_steps=1, gamma=0.5)
     run = Learner(
         lambda: toy_env(best, horizon=20, fields=["progress", "sample_share"]),
         Learning(episodes=75, evaluate_every=0),
