@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 COMMANDS = {
@@ -88,13 +89,19 @@ def _parse(name: str, kind: type[Any], arguments: list[str]) -> Any:
     parser.add_argument("--config", action="config", help="YAML file of settings; flags override it")
     parser.add_class_arguments(kind, fail_untyped=True)
     try:
-        parsed = parser.parse_args([_dashes(argument) for argument in arguments])
+        parsed = parser.parse_args(_flags(kind, arguments))
     except AcodmError:
         raise
     except Exception as error:  # jsonargparse raises several kinds; each is a user's error here
         raise ConfigError(_explain(str(error), parser, arguments)) from error
     settings = {key: value for key, value in parsed.as_dict().items() if key != "config"}
     return kind(**settings)
+
+
+def _flags(kind: type[Any], arguments: list[str]) -> list[str]:
+    """Dashes to underscores, and a switch such as `--fresh` to `--fresh=true`."""
+    switches = {f"--{field.name}" for field in fields(kind) if field.type in (bool, "bool")}
+    return [f"{flag}=true" if flag in switches else flag for flag in map(_dashes, arguments)]
 
 
 def _dashes(argument: str) -> str:

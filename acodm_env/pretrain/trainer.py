@@ -18,7 +18,7 @@ from acodm_env.corpus.sampler import Batch, MixtureSampler, heldout
 from acodm_env.corpus.tokens import TokenStore
 from acodm_env.errors import ConfigError, unknown
 from acodm_env.pretrain.gradients import DomainGradients, GradientProbe, order_rows
-from acodm_env.pretrain.models import build_model, observed_layers, probed_layers
+from acodm_env.pretrain.models import build_model, model_config, observed_layers, probed_layers
 from acodm_env.trainer import Array, RunInfo, StepStats
 
 if TYPE_CHECKING:
@@ -132,6 +132,7 @@ class LMTrainer:
         self.accelerator = accelerator
         self.measure: frozenset[str] = frozenset({"losses"})
         self.device = accelerator.device if accelerator else resolve_device(config.device)
+        model_config(config.model)  # refuse an unknown model before anything is built
         bf16_here = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
         self.bf16 = config.precision == "bf16" or (config.precision == "auto" and bf16_here)
         for split in ("train", "validation", "test"):
@@ -295,9 +296,8 @@ class LMTrainer:
     def evaluate(self, split: str) -> Array:
         """Mean token losses in nats (K,) on the fixed held-out sequences of `split`."""
         if split not in self._heldout:
-            tokens, domains = heldout(
-                self.store, split, self.config.sequence_length, self.config.eval_sequences, seed=0
-            )
+            length, per_domain = self.config.sequence_length, self.config.eval_sequences
+            tokens, domains = heldout(self.store, split, length, per_domain, seed=0)
             self._heldout[split] = Batch(tokens=tokens, domains=domains, counts=np.bincount(domains))
         batch = self._heldout[split]
         self.model.eval()

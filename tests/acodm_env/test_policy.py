@@ -1,0 +1,180 @@
+import json
+
+import numpy as np
+import pytest
+from toy import ToyTrainer
+
+from acodm_env.errors import ConfigError, DataError, PolicyError
+from acodm_env.files import read_json
+from acodm_env.interaction import InteractionConfig
+from acodm_env.mixture import ActionMap, Bounds
+from acodm_env.observation import Observer
+from acodm_env.policy import Policy, PolicyMixer, scaled_interval
+from acodm_env.trainer import drive
+
+
+def make_policy(info, fields=("loss", "progress"), layers=None, **options):
+    layout = Observer(info, fields).layout
+    width = sum(size for _, size in layout)
+    if layers is None:
+        rng = np.random.default_rng(0)
+        weight = rng.normal(size=(info.num_domains, width)).astype(np.float32)
+        layers = ((weight, np.zeros(info.num_domains, dtype=np.float32), "tanh"),)
+    settings = {
+        "domains": info.domains,
+        "fields": layout,
+        "mean": np.zeros(width),
+        "scale": np.ones(width),
+        "clip": 10.0,
+        "layers": layers,
+        "action": ActionMap(),
+        "bounds": Bounds(),
+        "interaction": InteractionConfig(),
+        "decision_every": info.decision_every,
+        "horizon": info.horizon,
+        "provenance": {"config": {"algo": "td3"}},
+    }
+    return Policy(**settings | options)
+
+
+@pytest.fixture
+def trainer():
+    trainer = ToyTrainer((0.5, 0.3, 0.2), horizon=12, decision_every=3)
+    trainer.reset(np.random.default_rng(0))
+    return trainer
+
+
+def test_act_by_hand():
+    """Normalise (3−1)/2 = 1 and (9−1)/2 = 4 → clipped to 2; relu layer; tanh layer."""
+    info = ToyTrainer((0.5, 0.5)).info
+    hidden = (np.array([[1.0, -1.0], [1.0, 1.0]], dtype=np.float32), np.array([0.0, 1.0], dtype=np.float32), "relu")
+    out = (np.array([[1.0, 0.5], [0.0, -0.25]], dtype=np.float32), np.zeros(2, dtype=np.float32), "tanh")
+    policy = make_policy(info, ("loss",), (hidden, out), mean=np.ones(2), scale=np.full(2, 2.0), clip=2.0)
+    # hidden: relu(1·1 − 1·2) = 0, relu(1 + 2 + 1) = 4; out: tanh(0.5·4) and tanh(−0.25·4)
+    np.testing.assert_allclose(policy.act(np.array([3.0, 9.0], dtype=np.float32)), np.tanh([2.0, -1.0]), rtol=1e-6)
+
+
+def test_saved_and_loaded_policy_is_the_same(trainer, tmp_path):
+    policy = make_policy(trainer.info)
+    loaded = Policy.load(policy.save(tmp_path / "policy"))
+    observation = np.linspace(0, 1, 4, dtype=np.float32)
+    np.testing.assert_array_equal(policy.act(observation), loaded.act(observation))
+    assert (loaded.domains, loaded.fields, loaded.action) == (policy.domains, policy.fields, policy.action)
+    assert loaded.provenance == {"config": {"algo": "td3"}}
+    assert sorted(p.name for p in (tmp_path / "policy").iterdir()) == ["policy.json", "policy.safetensors"]
+
+
+def edit_json(folder, **changes):
+    file = folder / "policy.json"
+    file.write_text(json.dumps(read_json(file) | changes))
+
+
+def test_edited_json_is_refused(trainer, tmp_path):
+    folder = make_policy(trainer.info).save(tmp_path / "policy")
+    edit_json(folder, decision_every=7)
+    with pytest.raises(PolicyError, match="checksum does not match"):
+        Policy.load(folder)
+
+
+def test_other_format_version_is_refused(trainer, tmp_path):
+    folder = make_policy(trainer.info).save(tmp_path / "policy")
+    edit_json(folder, format_version=99)
+    with pytest.raises(PolicyError, match="format_version=99"):
+        Policy.load(folder)
+
+
+def test_edited_or_truncated_weights_are_refused(trainer, tmp_path):
+    folder = make_policy(trainer.info).save(tmp_path / "policy")
+    weights = folder / "policy.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    with pytest.raises(PolicyError, match="cut short or edited"):
+        Policy.load(folder)
+
+
+def test_missing_policy_is_a_data_error(tmp_path):
+    with pytest.raises(DataError, match="no such file"):
+        Policy.load(tmp_path)
+
+
+def test_other_domains_are_refused_by_name(trainer):
+    policy = make_policy(trainer.info, domains=("domain0", "domain1", "poetry"))
+    with pytest.raises(PolicyError, match=r"only in the policy: \['poetry'\]; only in the corpus: \['domain2'\]"):
+        PolicyMixer(policy).start(trainer.info)
+
+
+def test_domains_in_another_order_are_refused(trainer):
+    policy = make_policy(trainer.info, domains=("domain1", "domain0", "domain2"))
+    with pytest.raises(PolicyError, match="another order"):
+        PolicyMixer(policy).start(trainer.info)
+
+
+def test_other_field_sizes_are_refused_by_name(trainer):
+    policy = make_policy(trainer.info, fields=("loss", "layer_norm"))
+    policy = make_policy(trainer.info, fields=("loss",), layers=policy.layers, mean=policy.mean, scale=policy.scale)
+    object.__setattr__(policy, "fields", (("loss", 3), ("layer_norm", 9)))
+    with pytest.raises(PolicyError, match="'layer_norm' has 3 entries here, 9 in the policy"):
+        PolicyMixer(policy).start(trainer.info)
+
+
+def test_transfer_computes_only_what_the_policy_reads(trainer):
+    mixer = PolicyMixer(make_policy(trainer.info, ("progress", "sample_share")))
+    assert mixer.needs == frozenset()
+    mixer.start(trainer.info)
+    list(drive(trainer, mixer, 3))
+    assert trainer.measure == frozenset()
+    assert PolicyMixer(make_policy(trainer.info, ("interaction",))).needs == frozenset({"gram"})
+
+
+def test_policy_sees_in_a_target_run_what_the_environment_showed(trainer):
+    """Training and serving must not drift: the same observer, the same windows, the same mixtures."""
+    from acodm_env.env import MixtureEnv
+
+    fields = ("loss", "delta_loss", "interaction", "gradient_norm", "progress", "layer_change")
+    policy = make_policy(trainer.info, fields)
+    env = MixtureEnv(ToyTrainer((0.5, 0.3, 0.2), horizon=12, decision_every=3), fields=fields)
+    observation, _ = env.reset(seed=5)
+    from_env = []
+    for _ in range(4):
+        observation, *_, info = env.step(policy.act(observation))
+        from_env.append(info["weights"])
+    env.reset(seed=5)  # the same generator again, for the same run outside of the environment
+    served = ToyTrainer((0.5, 0.3, 0.2), horizon=12, decision_every=3)
+    served.reset(np.random.default_rng(int(np.random.Generator(np.random.PCG64(5)).integers(2**63))))
+    mixer = PolicyMixer(policy)
+    mixer.start(served.info)
+    requested = [stats.requested for stats in drive(served, mixer, 12)]
+    np.testing.assert_array_equal(requested[::3], from_env)
+
+
+def test_resumed_mixer_equals_the_uninterrupted_one(trainer):
+    policy = make_policy(trainer.info, ("loss", "interaction", "progress"))
+    whole = PolicyMixer(policy)
+    whole.start(trainer.info)
+    expected = [stats.requested for stats in drive(trainer, whole, 12)]
+    trainer.reset(np.random.default_rng(0))
+    first = PolicyMixer(policy)
+    first.start(trainer.info)
+    got = [stats.requested for stats in drive(trainer, first, 6)]
+    second = PolicyMixer(policy)
+    second.start(trainer.info)
+    second.load_state_dict(first.state_dict())
+    got += [stats.requested for stats in drive(trainer, second, 6)]
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_state_inside_a_window_cannot_be_saved(trainer):
+    mixer = PolicyMixer(make_policy(trainer.info))
+    mixer.start(trainer.info)
+    list(drive(trainer, mixer, 2))
+    with pytest.raises(ValueError, match="at a decision only"):
+        mixer.state_dict()
+
+
+def test_interval_scales_with_the_horizon(trainer):
+    policy = make_policy(trainer.info)
+    assert [scaled_interval(policy, horizon) for horizon in (12, 120, 30, 1)] == [3, 30, 8, 1]
+
+
+def test_unknown_observation_field_is_refused(trainer):
+    with pytest.raises(ConfigError, match="did you mean 'progress'"):
+        Observer(trainer.info, ["progres"])

@@ -1,0 +1,157 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from acodm_env.experiments import cli
+
+SMOKE = ["--episodes", "2", "--episode_steps", "6", "--steps_per_action", "2", "--batch_size", "6"]
+SMOKE += ["--sequence_length", "32", "--evaluate_every", "1", "--quiet"]
+AGENT = ["--agent", '{"learning_starts": 1, "batch_size": 2, "hidden": [8]}']
+TARGET = ["--target", "tiny", "--steps", "6", "--batch_size", "6", "--sequence_length", "32", "--evaluations", "3"]
+
+
+def acodm(*arguments):
+    """Run the command in this process; returns the exit code."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main([str(argument) for argument in arguments])
+    return stop.value.code
+
+
+@pytest.fixture(scope="module")
+def learned(tiny_corpus, tmp_path_factory):
+    out = tmp_path_factory.mktemp("learned") / "run"
+    assert acodm("train", "--corpus", tiny_corpus, "--out", out, *SMOKE, *AGENT) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def policy(learned):
+    out = learned.parent / "policy"
+    assert acodm("export", "--run", learned, "--out", out, "--quiet") == 0
+    return out
+
+
+def test_train_export_transfer_mixture(tiny_corpus, policy, tmp_path, capsys):
+    base = ["--corpus", tiny_corpus, *TARGET, "--quiet"]
+    assert acodm("transfer", "--mixer", "odm-released", *base, "--out", tmp_path / "odm") == 0
+    arguments = ["--policy", policy, *base, "--reference", tmp_path / "odm", "--out", tmp_path / "policy"]
+    assert acodm("transfer", *arguments) == 0
+    result = json.loads((tmp_path / "policy" / "result.json").read_text())
+    fields = {"mean_loss_nats", "mean_perplexity", "domain_loss_nats", "steps_to_reference_ratio", "seconds_per_step"}
+    assert fields <= result.keys()
+    capsys.readouterr()
+    assert acodm("mixture", "--run", tmp_path / "policy", "--format", "json", "--quiet") == 0
+    mixture = json.loads(capsys.readouterr().out)
+    assert sum(mixture["time_averaged"].values()) == pytest.approx(1)
+    file = tmp_path / "mixture.yaml"
+    assert acodm("mixture", "--run", tmp_path / "policy", "--format", "yaml", "--out", file) == 0
+    assert yaml.safe_load(file.read_text()) == mixture
+    static = ["transfer", "--mixer", "static", "--weights", file, *base, "--out", tmp_path / "static"]
+    assert acodm(*static) == 0
+
+
+def test_transfer_imports_no_rl_library(tiny_corpus, policy, tmp_path):
+    code = (
+        "import sys\n"
+        "from acodm_env.experiments import cli\n"
+        "try:\n    cli.main(sys.argv[1:])\nexcept SystemExit as stop:\n    assert stop.code == 0, stop.code\n"
+        "assert 'stable_baselines3' not in sys.modules\n"
+    )
+    arguments = ["transfer", "--policy", policy, "--corpus", tiny_corpus, *TARGET, "--quiet", "--out", tmp_path / "r"]
+    subprocess.run([sys.executable, "-c", code, *map(str, arguments)], check=True)
+
+
+def test_finished_command_reprints_and_other_settings_are_refused(tiny_corpus, learned, capsys):
+    again = ["train", "--corpus", tiny_corpus, "--out", learned, *SMOKE, *AGENT]
+    before = (learned / "checkpoints" / "last" / "networks.pt").read_bytes()
+    assert acodm(*again, "--resume") == 0
+    assert (learned / "checkpoints" / "last" / "networks.pt").read_bytes() == before
+    capsys.readouterr()
+    assert acodm(*again, "--algo", "sac") == 2
+    assert "another run (algo='td3' there, 'sac' now)" in capsys.readouterr().err
+
+
+def test_interrupted_training_says_how_to_go_on(tiny_corpus, tmp_path, monkeypatch, capsys):
+    from acodm_env.agents import learning
+
+    def interrupt(self, row):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(learning._Episodes, "_log", interrupt)
+    code = acodm("train", "--corpus", tiny_corpus, "--out", tmp_path / "run", *SMOKE, *AGENT)
+    assert code == 1
+    assert f"To go on: acodm train --corpus {tiny_corpus}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", sorted(cli.COMMANDS))
+def test_help_lists_defaults_out_seed_and_quiet(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for flag in ("--out", "--seed", "--quiet", "default:"):
+        assert flag in text
+
+
+def test_config_file_with_override(tiny_corpus, tmp_path, capsys):
+    file = tmp_path / "settings.yaml"
+    file.write_text(yaml.safe_dump({"corpus": str(tiny_corpus), "mixer": "uniform", "steps": 99}))
+    arguments = ["--config", file, *TARGET, "--quiet", "--out", tmp_path / "run"]
+    assert acodm("transfer", *arguments) == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["steps"] == 6
+
+
+BAD = [
+    (["transfre"], "did you mean 'transfer'"),
+    (["transfer", "--mixer", "unifrom"], "did you mean 'uniform'"),
+    (["transfer"], "give exactly one of them"),
+    (["transfer", "--mixer", "static"], "needs weights"),
+    (["transfer", "--mixer", "static", "--weights", "a=x"], "could not convert"),
+    (["transfer", "--mixer", "static", "--weights", "wrong=1"], "weights.<domain>='wrong'"),
+    (["transfer", "--mixer", "uniform", "--target", "smal"], "did you mean 'small'"),
+    (["transfer", "--mixer", "uniform", "--stepps", "3"], "did you mean --steps"),
+    (["transfer", "--mixer", "uniform", "--steps", "many"], "steps"),
+    (["transfer", "--mixer", "uniform", "--device", "tpu9"], "device=tpu9"),
+    (["transfer", "--policy", "nowhere"], "no such file"),
+    (["train", "--algo", "td4"], "did you mean 'td3'"),
+    (["train", "--fields", "los"], "did you mean 'loss'"),
+    (["train", "--reward", "progres"], "did you mean 'progress'"),
+    (["train", "--reward", "{bad"], "valid JSON"),
+    (["train", "--agent", '{"gama": 0.9}'], "did you mean 'gamma'"),
+    (["train", "--resume"], "no run in"),
+    (["export", "--run", "nowhere"], "no config.json"),
+    (["mixture", "--run", "nowhere"], "no config.json"),
+    (["demo", "--recipe", "dem"], "did you mean 'demo'"),
+    (["overhead", "--rounds", "0"], "rounds=0"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(a) for a, _ in BAD])
+def test_bad_input_is_one_line_and_exit_code_two(arguments, message, tiny_corpus, tmp_path, capsys):
+    if arguments[0] in ("transfer", "train"):
+        arguments = [*arguments, "--corpus", tiny_corpus, "--out", tmp_path / "out"]
+    assert acodm(*arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "out" / "stats.jsonl").exists()
+
+
+def test_doctor_names_a_foreign_package_called_agents(tmp_path, monkeypatch, capsys):
+    foreign = tmp_path / "agents"
+    foreign.mkdir()
+    (foreign / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert acodm("doctor") == 0
+    out = capsys.readouterr().out
+    assert "another package called `agents`" in out
+    assert str(foreign) in out
+
+
+def test_overview_and_version(capsys):
+    assert acodm("--help") == 0
+    assert all(name in capsys.readouterr().out for name in cli.COMMANDS)
+    assert acodm("--version") == 0

@@ -1,0 +1,136 @@
+import json
+
+import numpy as np
+import pytest
+from toy import ToyTrainer
+
+from acodm_env.agents.baselines import make_mixer
+from acodm_env.errors import ConfigError, DataError
+from acodm_env.experiments import report
+from acodm_env.experiments.mixture import interleave_call
+from acodm_env.experiments.runs import RunFolder, open_run, run_mixer
+
+
+def finished(path, best=(0.6, 0.3, 0.1), name="uniform", horizon=20):
+    trainer = ToyTrainer(best, horizon=horizon)
+    folder = RunFolder(path, {"domains": list(trainer.info.domains), "mixer": name})
+    run_mixer(folder, trainer, make_mixer(name), seed=0, evaluations=10)
+    return folder
+
+
+def test_first_crossing_is_log_linear_between_evaluations():
+    steps, perplexity = np.array([0.0, 10.0, 20.0]), np.array([400.0, 100.0, 25.0])
+    assert report.first_crossing(steps, perplexity, 50.0) == pytest.approx(15.0)  # halfway in the logarithm
+    assert report.first_crossing(steps, perplexity, 100.0) == pytest.approx(10.0)
+    assert report.first_crossing(steps, perplexity, 500.0) == 0.0
+    assert report.first_crossing(steps, perplexity, 20.0) is None
+
+
+def test_the_reference_has_ratio_one_and_a_slower_run_null_or_more(tmp_path):
+    reference = finished(tmp_path / "a", best=(1 / 3, 1 / 3, 1 / 3))  # falls by 0.1 a step
+    slower = finished(tmp_path / "b", best=(1.0, 0.0, 0.0))  # falls by 0.0333 a step
+    result = report.mixer_result(reference, reference)
+    assert result["steps_to_reference_ratio"] == 1.0
+    assert result["mean_loss_nats"] == pytest.approx(3.0)
+    assert result["mean_perplexity"] == pytest.approx(np.exp(3.0))
+    assert result["domain_loss_nats"].keys() == {"domain0", "domain1", "domain2"}
+    assert report.mixer_result(slower, reference)["steps_to_reference_ratio"] is None
+    assert report.mixer_result(reference, slower)["steps_to_reference_ratio"] == pytest.approx(1 / 3)
+
+
+def test_mean_perplexity_is_the_mean_of_exponentials():
+    assert report.mean_perplexity(np.log([[2.0, 8.0]])) == pytest.approx(5.0)
+
+
+def result(loss, **domains):
+    return {
+        "mean_loss_nats": loss,
+        "mean_perplexity": 1.0,
+        "domain_loss_nats": domains,
+        "steps_to_reference_ratio": None,
+        "seconds_per_step": 0.1,
+    }
+
+
+def test_verdicts_say_plainly_who_loses():
+    lines = report.verdicts(
+        {
+            "policy": result(2.0, a=2.0, b=2.0, c=2.0),
+            "uniform": result(1.0, a=1.0, b=1.01, c=0.99),
+            "policy-untrained": result(2.0, a=2.2, b=1.8, c=2.0),
+            "worse": result(3.0, a=3.0, b=3.01, c=2.99),
+            "gone": result(None, a=None, b=1.0, c=1.0),
+        }
+    )
+    assert "LOSES to uniform" in lines[0]
+    assert "cannot be told apart from policy-untrained" in lines[1]
+    assert "beats worse" in lines[2]
+    assert "diverged" in lines[3]
+    assert report.table({"gone": result(None, a=None)}, "uniform").count("diverged") == 1
+
+
+def test_picture_shows_every_run(tmp_path):
+    runs = {name: finished(tmp_path / name, name=name) for name in ("uniform", "odm-released")}
+    report.draw(runs, tmp_path / "report.png", "toy")
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "report.png").stat().st_size > 20_000
+
+
+def test_interrupted_run_resumes_to_the_same_lines(tmp_path):
+    whole = finished(tmp_path / "whole", name="odm-released")
+
+    class Killed(Exception):
+        pass
+
+    def kill(stats):
+        if stats.step == 13:
+            raise Killed
+
+    config = {"domains": ["domain0", "domain1", "domain2"], "mixer": "odm-released"}
+    cut = RunFolder(tmp_path / "cut", config)
+    with pytest.raises(Killed):
+        run_mixer(cut, ToyTrainer((0.6, 0.3, 0.1)), make_mixer("odm-released"), seed=0, evaluations=10, on_step=kill)
+    again = RunFolder(tmp_path / "cut", config)
+    run_mixer(again, ToyTrainer((0.6, 0.3, 0.1)), make_mixer("odm-released"), seed=0, evaluations=10)
+    for name in ("stats.jsonl", "eval.jsonl"):
+        expected, got = whole.lines(name), again.lines(name)
+        for record in (*expected, *got):
+            record.pop("seconds", None)  # time is recorded, never compared
+        assert expected == got
+
+
+def test_folder_of_another_run_is_refused(tmp_path):
+    finished(tmp_path / "run")
+    with pytest.raises(DataError, match=r"another run \(mixer='uniform' there, 'exp3' now\)"):
+        RunFolder(tmp_path / "run", {"domains": ["domain0", "domain1", "domain2"], "mixer": "exp3"})
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("mine")
+    with pytest.raises(DataError, match="already holds other files"):
+        RunFolder(tmp_path / "other", {})
+    with pytest.raises(ConfigError, match=r"no config\.json"):
+        open_run(tmp_path / "other")
+
+
+def test_config_records_versions_before_the_first_step(tmp_path):
+    RunFolder(tmp_path / "run", {"a": 1})
+    record = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert record["config"] == {"a": 1}
+    assert "torch" in record["versions"]
+
+
+def test_time_averaged_mixture_and_interleave_probabilities_sum_to_one(tmp_path):
+    folder = finished(tmp_path / "run")
+    mixtures = report.time_averaged(folder)
+    assert mixtures["time_averaged"]["domain1"] == pytest.approx(1 / 3)
+    call = interleave_call(mixtures["final"], seed=3)
+    scope = {}
+    source = call.replace("datasets.interleave_datasets", "dict").replace("(\n    [", "(\n    names=[")
+    exec(f"result = {source}", {"by_domain": {f"domain{i}": i for i in range(3)}}, scope)
+    assert sum(scope["result"]["probabilities"]) == 1.0
+    assert scope["result"]["seed"] == 3
+
+
+def test_smoothing_keeps_constant_values_and_the_sum():
+    values = np.tile([[0.25, 0.75]], (9, 1))
+    np.testing.assert_allclose(report.smooth(values, 2), values)
+    np.testing.assert_allclose(report.smooth(np.array([[0.0], [3.0], [0.0]]), 1), [[1.5], [1.0], [1.5]])
