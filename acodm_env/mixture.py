@@ -118,7 +118,8 @@ class Bounds:
             too_much = np.clip(weights + shift, low, high).sum() > 1
             left, right = (left, shift) if too_much else (shift, right)
         projected: Array = np.clip(weights + right, low, high)
-        return projected / projected.sum()
+        normalised: Array = projected / projected.sum()
+        return normalised
 
 
 class Composer:

@@ -175,7 +175,16 @@ class Observer:
         fields: Sequence[str] | None = None,
         interaction: InteractionConfig | None = None,
     ):
-        self.info = info
+        self.info: RunInfo = info
+        self.step: int
+        self.losses: Array
+        self.previous_losses: Array
+        self.drawn: Array
+        self.epochs: Array
+        self.tracker: InteractionTracker
+        self.layer_norms: Array
+        self.layer_changes: Array
+        self.pending: Array
         self.fields = resolve_fields(fields, info)
         self.needs: frozenset[str] = frozenset().union(*(field.needs for field in self.fields))
         self.low = self._spread(lambda field: field.low(info))  # (D,)

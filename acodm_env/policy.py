@@ -7,7 +7,7 @@ provenance, and the SHA-256 of the weights. numpy and safetensors are all it tak
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from acodm_env.observation import FIELDS, Observer
 from acodm_env.trainer import Array, Mixer, RunInfo, StepStats, merge
 
 FORMAT_VERSION = 1
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[NDArray[np.float32]], NDArray[np.float32]]] = {
     "relu": lambda x: np.maximum(x, 0.0),
     "tanh": np.tanh,
     "identity": lambda x: x,
@@ -222,7 +222,7 @@ class PolicyMixer(Mixer):
             self._window = None
 
     def _decide(self, observation: NDArray[np.float32]) -> None:
-        weights = self.policy.action.weights(self.policy.act(observation))
+        weights = self.policy.action.weights(self.policy.act(observation).astype(np.float64))
         self._weights = self.policy.bounds.project(weights, self.observer.epochs)
 
     def state_dict(self) -> dict[str, Any]:

@@ -42,8 +42,9 @@ def as_picture(info: RunInfo, weights: Array, losses: Array, history: Sequence[S
     loss_axes.set_ylim(0, info.initial_loss_nats * 1.05)
     loss_axes.set_ylabel("training loss (nats)")
     loss_axes.legend(fontsize="x-small")
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    canvas.draw()  # type: ignore[no-untyped-call]
+    rgba = np.asarray(canvas.buffer_rgba())  # type: ignore[no-untyped-call]
+    return rgba[..., :3].copy()
 
 
 def plot_mixture(axes: Any, steps: Sequence[int], mixture: Array, domains: Sequence[str]) -> None:

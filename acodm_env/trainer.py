@@ -143,8 +143,10 @@ class Trainer(Protocol):
     """What it can measure: of "losses", "gram", "layers", "validation", "loss_weights"."""
     measure: frozenset[str]
     """What it does measure: set by whoever drives it to what somebody needs."""
-    stats_step: int
-    """Optimiser steps done since `reset`."""
+
+    @property
+    def stats_step(self) -> int:
+        """Optimiser steps done since `reset`."""
 
     def reset(self, rng: np.random.Generator) -> None:
         """Start a new run: fresh model, optimiser and data order, all drawn from `rng`."""

@@ -8,12 +8,13 @@ import random
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecNormalize
 
 from acodm_env.errors import DataError
@@ -103,7 +104,7 @@ def _restore_run(model: BaseAlgorithm, venv: VecNormalize, state: Mapping[str, A
     generators = state["generators"]
     version, internal, gauss = generators["python"]
     random.setstate((version, tuple(internal), gauss))
-    np.random.set_state(tuple(generators["numpy"]))
+    np.random.set_state(tuple(generators["numpy"]))  # noqa: NPY002 (SB3 draws from the global generator)
     torch.set_rng_state(torch.from_numpy(generators["torch"]))
     model.action_space.np_random.bit_generator.state = generators["action_space"]
 
@@ -112,16 +113,17 @@ def _generators(model: BaseAlgorithm) -> dict[str, Any]:
     """SB3 draws from the global generators; they are part of its state."""
     return {
         "python": random.getstate(),
-        "numpy": list(np.random.get_state()),
+        "numpy": list(np.random.get_state()),  # noqa: NPY002
         "torch": torch.get_rng_state().numpy(),
         "action_space": model.action_space.np_random.bit_generator.state,
     }
 
 
 def _normaliser(venv: VecNormalize) -> dict[str, Any]:
+    obs_rms = cast(RunningMeanStd, venv.obs_rms)  # a dict only for dict spaces
     return {
         name: {"mean": rms.mean, "var": rms.var, "count": rms.count}
-        for name, rms in (("obs_rms", venv.obs_rms), ("ret_rms", venv.ret_rms))
+        for name, rms in (("obs_rms", obs_rms), ("ret_rms", venv.ret_rms))
     } | {"returns": venv.returns}
 
 
@@ -147,7 +149,8 @@ def _replay(model: BaseAlgorithm) -> dict[str, Any]:
 
 def _noise(model: BaseAlgorithm) -> dict[str, Any]:
     noise = getattr(model, "action_noise", None)
-    return {"noise_prev": noise.noise_prev} if hasattr(noise, "noise_prev") else {}
+    previous = getattr(noise, "noise_prev", None)
+    return {} if previous is None else {"noise_prev": previous}
 
 
 def _variables(model: BaseAlgorithm) -> list[str]:

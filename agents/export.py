@@ -2,21 +2,24 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from gymnasium.spaces import Box
 from numpy.typing import NDArray
 from stable_baselines3 import SAC, TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 
-from acodm_env.agents.sb3 import LogitPenalty
 from acodm_env.env import MixtureEnv
 from acodm_env.errors import PolicyError
 from acodm_env.policy import Policy
+
+from .sb3 import LogitPenalty
 
 TOLERANCE = 1e-5
 Layers = tuple[tuple[NDArray[np.float32], NDArray[np.float32], str], ...]
@@ -33,7 +36,7 @@ def actor_layers(model: BaseAlgorithm) -> Layers:
     elif isinstance(model, SAC):
         modules, last = [*model.actor.latent_pi, model.actor.mu], "tanh"
     elif isinstance(model, OnPolicyAlgorithm):
-        modules, last = [*model.policy.mlp_extractor.policy_net, model.policy.action_net], "clip"  # type: ignore[list-item]
+        modules, last = [*model.policy.mlp_extractor.policy_net, model.policy.action_net], "clip"
     else:
         raise PolicyError(f"algo={type(model).__name__}: its actor cannot be exported; use td3, ddpg, sac, ppo or a2c")
     return _dense(modules, last)
@@ -60,11 +63,12 @@ def _dense(modules: list[nn.Module], last: str | None) -> Layers:
 def to_policy(model: BaseAlgorithm, venv: VecNormalize, env: MixtureEnv, provenance: Mapping[str, Any]) -> Policy:
     """The exported form of an agent: actor, observation statistics and everything a run must fit."""
     info = env.trainer.info
+    statistics = cast(RunningMeanStd, venv.obs_rms)  # a dict only for dict spaces
     return Policy(
         domains=info.domains,
         fields=env.observer.layout,
-        mean=np.array(venv.obs_rms.mean),  # type: ignore[union-attr]
-        scale=np.sqrt(venv.obs_rms.var + venv.epsilon),  # type: ignore[union-attr]
+        mean=np.array(statistics.mean),
+        scale=np.sqrt(statistics.var + venv.epsilon),
         clip=float(venv.clip_obs),
         layers=actor_layers(model),
         action=env.action_map,
@@ -96,11 +100,11 @@ def export(policy: Policy, path: str | Path, model: BaseAlgorithm, venv: VecNorm
 def parity(policy: Policy, model: BaseAlgorithm, venv: VecNormalize, num_observations: int = 256) -> float:
     """max |a_file − a_agent| over observations around those seen in learning, and over the whole space."""
     rng = np.random.default_rng(0)
-    space = venv.observation_space
+    space = cast(Box, venv.observation_space)
     half = num_observations // 2
     near = rng.normal(policy.mean, policy.scale, (half, len(policy.mean)))
-    far = rng.uniform(space.low, space.high, (num_observations - half, len(policy.mean)))  # type: ignore[attr-defined]
+    far = rng.uniform(space.low, space.high, (num_observations - half, len(policy.mean)))
     observations = np.concatenate([near, far]).astype(np.float32)
     with torch.no_grad():
-        expected, _ = model.predict(venv.normalize_obs(observations), deterministic=True)  # type: ignore[arg-type]
+        expected, _ = model.predict(venv.normalize_obs(observations), deterministic=True)
     return float(np.abs(policy.act(observations) - expected).max())

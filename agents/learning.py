@@ -14,11 +14,12 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger, make_output_format
 from stable_baselines3.common.vec_env import VecNormalize
 
-from acodm_env.agents.checkpoint import load_checkpoint, load_networks, save_checkpoint
-from acodm_env.agents.export import to_policy
-from acodm_env.agents.sb3 import AgentRecipe, decisions_per_episode, make_agent, vectorise
 from acodm_env.env import MixtureEnv
 from acodm_env.policy import Policy
+
+from .checkpoint import load_checkpoint, load_networks, save_checkpoint
+from .export import to_policy
+from .sb3 import AgentRecipe, decisions_per_episode, make_agent, vectorise
 
 SATURATED = 0.95
 """An action entry beyond ± this counts as saturated."""

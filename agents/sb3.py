@@ -20,6 +20,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from acodm_env.env import MixtureEnv
 from acodm_env.errors import ConfigError, unknown
+from acodm_env.trainer import RunInfo
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,7 @@ class _Pull(torch.autograd.Function):
         return logits.view_as(logits)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         (logits,) = ctx.saved_tensors
         return gradient + ctx.strength * logits / len(logits), None
 
@@ -83,7 +84,7 @@ class LogitPenalty(torch.nn.Module):
 
     def forward(self, logits: torch.Tensor) -> torch.Tensor:
         """The logits themselves (B, K)."""
-        penalised: torch.Tensor = _Pull.apply(logits, self.strength)
+        penalised: torch.Tensor = _Pull.apply(logits, self.strength)  # type: ignore[no-untyped-call]
         return penalised
 
 
@@ -170,9 +171,10 @@ def make_agent(
         unknown("algo", name, ALGORITHMS)
     recipe = recipe or AgentRecipe()
     kind, specific = ALGORITHMS[name]
+    make: Callable[..., BaseAlgorithm] = kind
     assert isinstance(env.action_space, gym.spaces.Box)
-    agent = kind(
-        "MlpPolicy",  # type: ignore[arg-type]
+    agent = make(
+        "MlpPolicy",
         env,
         gamma=recipe.gamma,
         learning_rate=recipe.learning_rate,
@@ -188,5 +190,5 @@ def make_agent(
 
 def decisions_per_episode(env: VecEnv) -> int:
     """Decisions in a whole episode of the first environment."""
-    info = env.get_attr("trainer")[0].info
+    info: RunInfo = env.get_attr("trainer")[0].info
     return -(-info.horizon // info.decision_every)

@@ -128,7 +128,7 @@ def summary(result: dict[str, Any]) -> str:
         [
             ("learning the policy", f"{learning['tokens']:,} tokens, {learning['seconds']:.0f} s, "
              f"{learning['episodes']} episodes, {learning['transitions']} transitions"),
-            ("each target run", f"{target_tokens:,} tokens ({learning['tokens'] / target_tokens:.2f}× was spent learning)"),
+            ("each target run", f"{target_tokens:,} tokens"),
         ]
     )  # fmt: skip
     return "\n".join(

@@ -133,7 +133,7 @@ class TokenStore:
                 raise DataError(
                     f"domain={domain}: must hold at least one sequence of {sequence_length} tokens in the {split} "
                     f"split; it holds {size}; shorten the sequences to {size} tokens or fewer, give {split} a larger "
-                    f"share (--splits), or prepare the corpus without this domain (--domains)"
+                    f"share (--splits), or prepare the corpus without this domain"
                 )
         return tuple(size // sequence_length for size in sizes)
 

@@ -207,13 +207,14 @@ class LMTrainer:
         losses = functional.cross_entropy(
             logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
         )  # (B·(T-1),)
-        return losses.view(len(tokens), -1).sum(1)
+        sums: torch.Tensor = losses.view(len(tokens), -1).sum(1)  # (B,)
+        return sums
 
     def _backward(self, row_losses: torch.Tensor, batch: Batch, loss_weights: Array | None) -> torch.Tensor:
         """Backward pass of the mean token loss, weighted by domain if asked; returns the unweighted mean."""
         num_tokens = batch.tokens.shape[0] * (batch.tokens.shape[1] - 1)
         objective = row_losses.sum() / num_tokens
-        loss = objective.detach()
+        loss: torch.Tensor = objective.detach()
         if loss_weights is not None:
             factors = torch.from_numpy(np.asarray(loss_weights)[batch.domains]).to(row_losses)  # (B,)
             objective = (factors * row_losses).sum() / num_tokens

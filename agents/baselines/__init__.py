@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
-from acodm_env.agents.baselines.bandits import Exp3, OdmPaper, OdmReleased
-from acodm_env.agents.baselines.static import Proportional, Static, Uniform
 from acodm_env.errors import ConfigError, unknown
 from acodm_env.trainer import Mixer
+
+from .bandits import Exp3, OdmPaper, OdmReleased
+from .static import Proportional, Static, Uniform
 
 _FACTORIES: dict[str, Callable[..., Mixer]] = {
     "uniform": Uniform,

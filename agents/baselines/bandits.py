@@ -87,7 +87,8 @@ class _Odm(_Bandit):
             return np.full(num_domains, 1 / num_domains)
         epsilon = exploration_rate(self.updates, num_domains)
         mixture: Array = (1 - num_domains * epsilon) * self._greedy() + epsilon
-        return mixture / mixture.sum()
+        normalised: Array = mixture / mixture.sum()
+        return normalised
 
     def _greedy(self) -> Array:
         raise NotImplementedError

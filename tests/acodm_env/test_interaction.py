@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
-from toy import ToyGradients, ToyTrainer
 
 from acodm_env.errors import ConfigError
 from acodm_env.interaction import InteractionConfig, InteractionTracker
 from acodm_env.trainer import StepStats
+from toy import ToyGradients, ToyTrainer
 
 
 class FixedGram:

@@ -2,7 +2,6 @@ import json
 
 import numpy as np
 import pytest
-from toy import ToyTrainer
 
 from acodm_env.errors import ConfigError, DataError, PolicyError
 from acodm_env.files import read_json
@@ -11,6 +10,7 @@ from acodm_env.mixture import ActionMap, Bounds
 from acodm_env.observation import Observer
 from acodm_env.policy import Policy, PolicyMixer, scaled_interval
 from acodm_env.trainer import drive
+from toy import ToyTrainer
 
 
 def make_policy(info, fields=("loss", "progress"), layers=None, **options):

@@ -2,13 +2,13 @@ import json
 
 import numpy as np
 import pytest
-from toy import ToyTrainer
 
 from acodm_env.agents.baselines import make_mixer
 from acodm_env.errors import ConfigError, DataError
 from acodm_env.experiments import report
 from acodm_env.experiments.mixture import interleave_call
 from acodm_env.experiments.runs import RunFolder, open_run, run_mixer
+from toy import ToyTrainer
 
 
 def finished(path, best=(0.6, 0.3, 0.1), name="uniform", horizon=20):
