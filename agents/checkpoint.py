@@ -4,6 +4,7 @@ SB3's own zip holds pickles that execute on load; this is tensors (`torch.load(w
 JSON. Taken at an episode's end it lets learning go on as if never interrupted, bit for bit.
 """
 
+import io
 import random
 from collections import deque
 from collections.abc import Mapping
@@ -42,7 +43,9 @@ def save_checkpoint(folder: Path, model: BaseAlgorithm, venv: VecNormalize, extr
         "extra": dict(extra),
     }
     with atomic_folder(folder) as fresh:
-        torch.save(tensors, fresh / "networks.pt")
+        networks = io.BytesIO()  # torch hides "disk full" behind an error of its own
+        torch.save(tensors, networks)
+        (fresh / "networks.pt").write_bytes(networks.getvalue())
         write_state(fresh / "state.safetensors", state)
         write_json(fresh / "manifest.json", {p.name: sha256(p) for p in sorted(fresh.iterdir())})
 

@@ -3,8 +3,10 @@
 Exit codes: 0 on success, 2 on a user's error (one line, no traceback), 1 otherwise.
 """
 
+import errno
 import importlib
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -45,12 +47,17 @@ def _guarded(arguments: list[str]) -> int:
         print(f"acodm: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        again = " ".join(argument for argument in arguments if argument != "--fresh")
+        again = shlex.join(argument for argument in arguments if argument != "--fresh")
         print(f"\nacodm: interrupted; nothing is lost. To go on: acodm {again}", file=sys.stderr)
         return 1
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"acodm: disk full while writing ({error}); free some space and run the same again", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -15,6 +15,7 @@ from acodm_env.errors import unknown
 from acodm_env.experiments import report
 from acodm_env.experiments.console import listing, say
 from acodm_env.experiments.export import export_from
+from acodm_env.experiments.forecast import forecast_seconds
 from acodm_env.experiments.recipes import RECIPES
 from acodm_env.experiments.runs import RunFolder, open_run
 from acodm_env.experiments.train import TrainConfig, episode_table, make_learner, train
@@ -71,8 +72,12 @@ def _run_stages(config: DemoConfig, folder: RunFolder) -> None:
     _step(config, started, "1/4 corpus")
     store = open_corpus(config.corpus)
     corpus = str(store.path)
-    _step(config, started, "2/4 learning a policy on the proxy")
     train_config = replace(learning_recipe(corpus, str(out / "learning"), config.seed), quiet=config.quiet)
+    target = replace(target_recipe(corpus, str(out), config.seed), quiet=config.quiet)
+    if not config.quiet:
+        minutes = forecast_seconds(train_config, target, len(MIXERS), store) / 60
+        say(f"forecast: about {minutes:.1f} minutes on this machine, less if part of it is done already")
+    _step(config, started, "2/4 learning a policy on the proxy")
     learned = train(train_config)
     if not config.quiet:
         say(episode_table(learned["rows"]))
@@ -80,7 +85,6 @@ def _run_stages(config: DemoConfig, folder: RunFolder) -> None:
     for name, which in (("policy", "best"), ("policy-untrained", "untrained")):
         export_from(make_learner(train_config), train_config, which, out / name)
     _step(config, started, f"4/4 the target under {len(MIXERS)} mixers")
-    target = replace(target_recipe(corpus, str(out), config.seed), quiet=config.quiet)
     runs = {name: _run_target(target, name, out) for name in MIXERS}
     report.draw(runs, out / "report.png", f"{target.target} target on {config.corpus}, seed {config.seed}")
     write_json(out / "result.json", _result(runs, learned, train_config, target, store.fingerprint))
@@ -134,7 +138,7 @@ def summary(result: dict[str, Any]) -> str:
     return "\n".join(
         [
             "",
-            report.table(result["mixers"], result["reference"]),
+            report.table(result["mixers"], result["reference"], learning),
             "",
             cost,
             "",

@@ -64,9 +64,9 @@ def _finite(value: Any) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def table(results: Mapping[str, Mapping[str, Any]], reference: str) -> str:
-    """The comparison as aligned text, best mean loss first."""
-    header = ("mixer", "mean loss", "mean ppl", f"steps to {reference}'s best", "s/step")
+def table(results: Mapping[str, Mapping[str, Any]], reference: str, learning: Mapping[str, Any] | None = None) -> str:
+    """The comparison as aligned text, best mean loss first; `learning` is what the row "policy" cost beforehand."""
+    header = ("mixer", "mean loss", "mean ppl", f"steps to {reference}'s best", "s/step", "learning")
     rows = [header]
     for name, result in sorted(results.items(), key=lambda item: item[1]["mean_loss_nats"] or np.inf):
         ratio = result["steps_to_reference_ratio"]
@@ -77,6 +77,7 @@ def table(results: Mapping[str, Mapping[str, Any]], reference: str) -> str:
                 _number(result["mean_perplexity"], ".2f"),
                 "never" if ratio is None else f"{ratio:.3f}×",
                 _number(result["seconds_per_step"], ".3f"),
+                f"{learning['tokens']:,} tokens, {learning['seconds']:.0f} s" if learning and name == "policy" else "-",
             )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]

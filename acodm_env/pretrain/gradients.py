@@ -24,7 +24,7 @@ from torch.nn import functional
 from acodm_env.errors import ConfigError
 from acodm_env.trainer import Array
 
-_CHUNK = 1 << 16  # columns of the sums turned to float64 at a time
+_CHUNK = 1 << 14  # columns of the sums turned to float64 at a time: what fits into a core's cache
 
 
 def order_rows(domains: NDArray[np.int64], previous_draws: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -255,7 +255,7 @@ class GradientProbe:
             recorder.slices, recorder.filled = part.view(num_groups, *recorder.shape), False
 
     def collect(
-        self, tokens: Array, normaliser: float, precondition: torch.optim.Optimizer | None = None
+        self, tokens: NDArray[Any], normaliser: float, precondition: torch.optim.Optimizer | None = None
     ) -> DomainGradients:
         """Stop recording and hand over the sums of token-loss gradients since the last `collect`.
 
@@ -279,9 +279,9 @@ class GradientProbe:
                 recorder.slices *= _root_preconditioner(precondition, recorder.weight)
             recorder.slices, recorder.rows = None, ()
         self._buffer = None
-        tokens = np.asarray(tokens, dtype=np.float64)
+        counts = np.asarray(tokens, dtype=np.float64)
         return DomainGradients(
-            sums.view(self.num_domains, 1 + self.halves, -1), tokens if self.halves else tokens.sum(1, keepdims=True)
+            sums.view(self.num_domains, 1 + self.halves, -1), counts if self.halves else counts.sum(1, keepdims=True)
         )
 
 
