@@ -81,15 +81,17 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        old = fresh.with_name(fresh.name + ".old")
         try:
             yield fresh
             fresh.chmod(0o755)
-            old = fresh.with_name(fresh.name + ".old")
             if path.exists():
                 path.rename(old)
             fresh.rename(path)
             shutil.rmtree(old, ignore_errors=True)
         except BaseException:
+            if old.exists() and not path.exists():  # interrupted between the two renames
+                old.rename(path)
             shutil.rmtree(fresh, ignore_errors=True)
             raise
 
@@ -121,15 +123,16 @@ def read_state(path: str | Path) -> dict[str, Any]:
     try:
         with safe_open(str(path), framework="numpy") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            tree = json.loads(file.metadata()["state"])
-    except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            joined: dict[str, Any] = _join(json.loads(file.metadata()["state"]), arrays)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: not a whole state file ({error}); use an earlier checkpoint") from error
-    joined: dict[str, Any] = _join(tree, arrays)
     return joined
 
 
 def _split(value: Any, name: str, arrays: dict[str, np.ndarray]) -> Any:
     if isinstance(value, np.ndarray):
+        while name in arrays:  # {"a/b": x} beside {"a": {"b": y}}
+            name += "+"
         arrays[name] = np.ascontiguousarray(value)
         return {"__array__": name, "shape": list(value.shape)}
     if isinstance(value, Mapping):

@@ -65,12 +65,13 @@ class ActionMap:
         return mixture
 
     def action(self, weights: Array) -> tuple[Array, float]:
-        """Action (K,) nearest to a mixture, and the largest error of a weight after clipping into range."""
+        """Action (K,) that gives a mixture, and the largest error of a weight where it had to be clipped."""
         num_domains = len(weights)
         soft = np.maximum((weights - self.floor / num_domains) / (1 - self.floor), 1e-12)
         logits = (np.log(soft / soft.sum()) - self._log_prior(num_domains)) / self.scale
-        centred = logits - (logits.max() + logits.min()) / 2  # a softmax does not see a common shift
-        action: Array = np.clip(centred, -1.0, 1.0)
+        # A softmax does not see a common shift. Where the range is too wide for [−1, 1], the large weights are kept.
+        shift = max((logits.max() + logits.min()) / 2, logits.max() - 1.0)
+        action: Array = np.clip(logits - shift, -1.0, 1.0)
         return action, float(np.abs(self.weights(action) - weights).max())
 
     def _log_prior(self, num_domains: int) -> Array:

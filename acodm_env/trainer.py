@@ -263,7 +263,7 @@ class Lagged:
 
     def step(self, weights: Array, loss_weights: Array | None = None) -> StepStats:
         """Queue `weights`, train under the oldest mixture of the queue."""
-        self._queue.append(np.asarray(weights, dtype=np.float64))
+        self._queue.append(np.array(weights, dtype=np.float64))  # a copy: the caller may change its array
         stats = self.inner.step(self._queue.popleft(), loss_weights)
         return replace(stats, mixture_age=float(self.lag), pending=np.array(self._queue) if self.lag else None)
 

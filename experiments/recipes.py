@@ -22,7 +22,7 @@ def demo_train(corpus: str, out: str, seed: int) -> TrainConfig:
 
 def demo_target(corpus: str, out: str, seed: int) -> TransferConfig:
     """The demo's target: eight times the proxy's non-embedding parameters, twice its batch, a longer run."""
-    return TransferConfig(mixer="uniform", corpus=corpus, target="small", steps=300, out=out, seed=seed)
+    return TransferConfig(mixer="uniform", corpus=corpus, target="small", steps=300, batch_size=16, out=out, seed=seed)
 
 
 def smoke_train(corpus: str, out: str, seed: int) -> TrainConfig:

@@ -1,8 +1,12 @@
 """Bandits over domains that see training losses only: ODM in its two forms, and EXP3.
 
 ODM (Efficient Online Data Mixing, arXiv 2312.02406) explores with ε_t = min(1/K, √(ln K / (K t))), ε_0 = 1/K. Since
-K·ε_t is 0.48 at t = 300 for K = 22, plain ODM is nearly uniform at a short horizon by construction: every run reports
-its last K·ε (`exploration`).
+K·ε_t is 0.48 at t = 300 for K = 22, plain ODM is nearly uniform at a short horizon by construction: `exploration`
+gives the K·ε in force, for a run to report.
+
+A batch observes many arms at once, so every domain that was drawn is credited, with the weight that it was drawn with
+(under `lag` an older one than the latest). A domain that was not drawn, or whose loss is not finite, and every
+domain of a diverged step, keeps its last estimate; t counts the step all the same.
 """
 
 import math
@@ -10,9 +14,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from acodm_env.errors import ConfigError
 from acodm_env.trainer import Array, Mixer, RunInfo, StepStats
+
+_SMALLEST = 1e-12  # with one domain the floor of ODM is 0
 
 
 def exploration_rate(step: int, num_domains: int) -> float:
@@ -25,28 +32,43 @@ def exploration_rate(step: int, num_domains: int) -> float:
 class _Bandit(Mixer):
     """Running reward estimates R (K,) of the arms, and the mixture made from them."""
 
+    rewards: Array
+    """(K,) R of ODM, log v of EXP3."""
+    updates: int
+    """t, the steps seen."""
+
     needs = frozenset({"losses"})
 
     def start(self, info: RunInfo) -> None:
         """Begin with R = 0 and the uniform mixture."""
         super().start(info)
-        self.rewards: Array = np.zeros(info.num_domains)
+        self.rewards = np.zeros(info.num_domains)
         self.updates = 0
         self._weights = np.full(info.num_domains, 1 / info.num_domains)
 
     def weights(self) -> Array:
         """The mixture (K,) for the next step."""
-        return self._weights
+        return self._weights.copy()
 
     def update(self, stats: StepStats) -> None:
         """Credit every observed domain; one that was not drawn, or has no finite loss, keeps its estimate."""
-        observed = (stats.counts > 0) & np.isfinite(stats.losses)
+        observed = (stats.counts > 0) & np.isfinite(stats.losses) & (not stats.diverged)  # (K,)
         self.updates += 1
-        self._credit(observed, stats.losses)
+        self._credit(observed, np.where(observed, stats.losses, 0.0), stats.requested)
         self._weights = self._mixture()
 
-    def _credit(self, observed: np.ndarray, losses: Array) -> None:
+    def exploration(self) -> float:
+        """K·ε: the share of the mixture that the rule spreads evenly at the current step."""
         raise NotImplementedError
+
+    def _credit(self, observed: NDArray[np.bool_], losses: Array, drawn_with: Array) -> None:
+        raise NotImplementedError
+
+    def _drawn_with(self, weights: Array) -> Array:
+        """Weights (K,) to divide by: no smaller than the rule's own floor, whoever else limited the mixture."""
+        lowest = self.exploration() / len(weights)
+        divisor: Array = np.maximum(weights, max(lowest, _SMALLEST))
+        return divisor
 
     def _mixture(self) -> Array:
         raise NotImplementedError
@@ -63,7 +85,11 @@ class _Bandit(Mixer):
 
 
 class _Odm(_Bandit):
-    """What both forms of ODM share: the exploration rate, and a warm-up on the uniform mixture."""
+    """What both forms of ODM share: the exploration rate, and a warm-up on the uniform mixture.
+
+    The published runs hold static weights for the first 2 % of the steps while R is already updated; so does
+    `warmup_frac=0.02` of the horizon, on uniform weights (theirs: the Pile's own). t counts from the first step.
+    """
 
     def __init__(self, smoothing: float, warmup_frac: float):
         if not 0 <= smoothing < 1:
@@ -73,11 +99,11 @@ class _Odm(_Bandit):
         self.smoothing, self.warmup_frac = smoothing, warmup_frac
 
     def exploration(self) -> float:
-        """K·ε of the current mixture: the share of it that is spread evenly."""
+        """K·ε_t at the current step t; during the warm-up the mixture is uniform whatever this says."""
         num_domains = self.info.num_domains
         return num_domains * exploration_rate(self.updates, num_domains)
 
-    def _smooth(self, observed: np.ndarray, reward: Array) -> None:
+    def _smooth(self, observed: NDArray[np.bool_], reward: Array) -> None:
         a = self.smoothing
         self.rewards[observed] = a * self.rewards[observed] + (1 - a) * reward[observed]
 
@@ -97,18 +123,19 @@ class _Odm(_Bandit):
 class OdmPaper(_Odm):
     """ODM as its paper states it (arXiv 2312.02406, algorithm 1).
 
-    R_i ← a R_i + (1−a) L_i/w_i for observed i;  w_i = (1−Kε_t)·exp(ε_{t−1}R_i)/Σ_j exp(ε_{t−1}R_j) + ε_t.  A step
-    observes many domains at once: each that was drawn is updated. The largest exponent is subtracted before exp,
-    which changes nothing but overflow.
+    R_i ← a R_i + (1−a) L_i/w_i for observed i;  w_i = (1−Kε_t)·exp(ε_{t−1}R_i)/Σ_j exp(ε_{t−1}R_j) + ε_t.
+
+    Deviations: the largest exponent is subtracted before exp, which changes nothing but overflow; w_i in the
+    division is at least ε_t, which only matters where something else (bounds, a lag) chose the mixture.
     """
 
     name = "odm-paper"
 
-    def __init__(self, smoothing: float = 0.9, warmup_frac: float = 0.0):
+    def __init__(self, smoothing: float = 0.9, warmup_frac: float = 0.02):
         super().__init__(smoothing, warmup_frac)
 
-    def _credit(self, observed: np.ndarray, losses: Array) -> None:
-        self._smooth(observed, np.where(observed, losses, 0.0) / np.maximum(self._weights, 1e-12))
+    def _credit(self, observed: NDArray[np.bool_], losses: Array, drawn_with: Array) -> None:
+        self._smooth(observed, losses / self._drawn_with(drawn_with))
 
     def _greedy(self) -> Array:
         exponent = exploration_rate(self.updates - 1, len(self.rewards)) * self.rewards
@@ -122,7 +149,8 @@ class OdmReleased(_Odm):
 
     R_i ← a R_i + (1−a) exp(L_i), without importance weight;  w_i = (1−Kε_t)·R_i/Σ_j R_j + ε_t  (ε_{t−1} cancels in the
     released form). R starts at 0, so a domain never seen gets exactly ε_t. In the steady state w follows perplexity.
-    The released runs hold static weights for the first 2 % of the steps: `warmup_frac=0.02`.
+
+    Deviation: losses above 80 nats count as 80, so that exp stays finite. Before anything was seen w is uniform.
     """
 
     name = "odm-released"
@@ -130,8 +158,8 @@ class OdmReleased(_Odm):
     def __init__(self, smoothing: float = 0.5, warmup_frac: float = 0.02):
         super().__init__(smoothing, warmup_frac)
 
-    def _credit(self, observed: np.ndarray, losses: Array) -> None:
-        self._smooth(observed, np.exp(np.minimum(np.where(observed, losses, 0.0), 80.0)))
+    def _credit(self, observed: NDArray[np.bool_], losses: Array, drawn_with: Array) -> None:
+        self._smooth(observed, np.exp(np.minimum(losses, 80.0)))
 
     def _greedy(self) -> Array:
         total = self.rewards.sum()
@@ -142,10 +170,14 @@ class OdmReleased(_Odm):
 
 
 class Exp3(_Bandit):
-    """EXP3 (Auer et al. 2002): v_i ← v_i·exp(g·r_i/(w_i K)),  w_i = (1−g)·v_i/Σv + g/K, with r_i = L_i/10 in [0, 1].
+    """EXP3, the classical normalised rule (Auer et al., The nonstochastic multiarmed bandit problem, 2002, figure 1).
 
-    Kept as log v with the largest subtracted: the product form overflows. The importance weight 1/w_i uses the weight
-    that the step was drawn with. Every drawn domain is updated, since a batch observes many arms.
+    v_i ← v_i·exp(g·r_i/(w_i K));  w_i = (1−g)·v_i/Σv + g/K;  r_i = L_i/10 clipped to [0, 1], since the rule wants
+    rewards in [0, 1] and a loss of 10 nats is ln(22 026), a whole vocabulary. g is fixed (`exploration`), unlike
+    ODM's falling ε_t. The Gibbs form with cumulative R, as ODM's paper cites it, is not this one.
+
+    Deviations: every drawn domain is credited, not one arm a round; log v is kept, with the largest subtracted,
+    because the product form overflows; w_i in the division is at least g/K.
     """
 
     name = "exp3"
@@ -153,15 +185,17 @@ class Exp3(_Bandit):
     def __init__(self, exploration: float = 0.1, loss_scale: float = 10.0):
         if not 0 < exploration <= 1:
             raise ConfigError(f"exploration={exploration}: must be in (0, 1]")
+        if not (math.isfinite(loss_scale) and loss_scale > 0):
+            raise ConfigError(f"loss_scale={loss_scale}: must be a positive number of nats")
         self.gamma, self.loss_scale = exploration, loss_scale
 
     def exploration(self) -> float:
-        """The share of the mixture that is spread evenly."""
+        """g, the same at every step."""
         return self.gamma
 
-    def _credit(self, observed: np.ndarray, losses: Array) -> None:
-        reward = np.clip(np.where(observed, losses, 0.0) / self.loss_scale, 0.0, 1.0)
-        self.rewards += self.gamma * reward / (np.maximum(self._weights, 1e-12) * len(reward))
+    def _credit(self, observed: NDArray[np.bool_], losses: Array, drawn_with: Array) -> None:
+        reward = np.clip(losses / self.loss_scale, 0.0, 1.0)  # 0 where nothing was observed
+        self.rewards += self.gamma * reward / (self._drawn_with(drawn_with) * len(reward))
         self.rewards -= self.rewards.max()
 
     def _mixture(self) -> Array:

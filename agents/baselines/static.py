@@ -1,5 +1,7 @@
 """Mixtures that do not change: uniform, proportional to size, or given."""
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,8 @@ import yaml
 from acodm_env.errors import ConfigError, unknown
 from acodm_env.mixture import check_weights
 from acodm_env.trainer import Array, Mixer, RunInfo
+
+_SUFFIXES = (".json", ".yaml", ".yml")
 
 
 class _Fixed(Mixer):
@@ -24,7 +28,7 @@ class _Fixed(Mixer):
 
     def weights(self) -> Array:
         """The same mixture (K,) at every step."""
-        return self._weights
+        return self._weights.copy()
 
 
 class Uniform(_Fixed):
@@ -55,10 +59,12 @@ class Static(_Fixed):
 
         Args:
             weights: {domain: weight}, one number per domain, "name=0.5,other=0.5", or a JSON or YAML file as
-                `acodm mixture` writes it. They are normalised to sum 1.
+                `acodm mixture` writes it (its time average is taken) or of plain {domain: weight}. They are
+                normalised to sum 1.
 
         Raises:
-            ConfigError: none given, or a file that cannot be read.
+            ConfigError: none given, a text that is neither form, or a file that cannot be read. Domains and
+                values are checked by `start`, which knows them.
         """
         if weights is None:
             raise ConfigError('weights=None: a static mixture needs weights; give --weights "name=0.5,other=0.5"')
@@ -73,25 +79,40 @@ class Static(_Fixed):
         missing = [name for name in info.domains if name not in self._given]
         if missing:
             raise ConfigError(f"weights: must name every domain; missing {', '.join(missing)} (0 leaves one out)")
-        return [self._given[name] for name in info.domains]
+        return [_number(name, self._given[name]) for name in info.domains]
+
+
+def _number(name: str, value: object) -> float:
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        number = math.nan
+    if not (math.isfinite(number) and number >= 0):
+        raise ConfigError(f"weights.{name}={value}: must be a finite number of at least 0")
+    return number
 
 
 def _parse(text: str) -> Mapping[str, float]:
-    if Path(text).is_file():
+    if "=" not in text or Path(text).suffix in _SUFFIXES:
         return _read(Path(text))
-    pairs = [part.rpartition("=") for part in text.split(",") if part.strip()]
-    try:
-        return {name.strip(): float(value) for name, _, value in pairs if name.strip()} if pairs else {}
-    except ValueError as error:
-        raise ConfigError(f'weights={text}: must be a file or "name=0.5,other=0.5" ({error})') from error
+    mixture: dict[str, float] = {}
+    for part in filter(str.strip, text.split(",")):
+        name, _, value = (piece.strip() for piece in part.rpartition("="))
+        if not name or name in mixture:
+            raise ConfigError(f"weights={text}: '{part}' must be name=weight, each domain once")
+        mixture[name] = _number(name, value)
+    return mixture
 
 
 def _read(path: Path) -> Mapping[str, float]:
     try:
-        value: Any = yaml.safe_load(path.read_text())  # JSON is YAML
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"weights={path}: cannot be read as JSON or YAML ({error})") from error
-    value = value.get("time_averaged", value) if isinstance(value, Mapping) else value
+        text = path.read_text(encoding="utf-8")
+        value: Any = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f'weights={path}: must be "name=0.5,other=0.5" or a JSON or YAML file ({error})') from error
+    for key in ("time_averaged", "domains"):  # `acodm mixture` writes the time average beside the final mixture
+        inner = value.get(key) if isinstance(value, Mapping) else None
+        value = inner if isinstance(inner, Mapping) else value
     if not isinstance(value, Mapping):
         raise ConfigError(f"weights={path}: must hold {{domain: weight}}, or what `acodm mixture` writes")
-    return value
+    return {str(name): weight for name, weight in value.items()}
