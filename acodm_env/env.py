@@ -265,7 +265,8 @@ class ProxyPretrainEnv(MixtureEnv, EzPickle):
             device, lm, render_mode,
         )  # fmt: skip
         from acodm_env.corpus import open_corpus
-        from acodm_env.pretrain.trainer import LMConfig, LMTrainer
+        from acodm_env.pretrain.config import LMConfig
+        from acodm_env.pretrain.trainer import LMTrainer
 
         settings = {
             "model": proxy,

@@ -11,14 +11,14 @@ from acodm_env.experiments.train import TrainConfig
 from acodm_env.experiments.transfer import TransferConfig
 
 if TYPE_CHECKING:
-    from acodm_env.pretrain.trainer import LMConfig
+    from acodm_env.pretrain.config import LMConfig
 
 _STEPS = 4
 
 
 def forecast_seconds(learning: TrainConfig, target: TransferConfig, num_runs: int, store: TokenStore) -> float:
     """Seconds of learning and of `num_runs` target runs, started from nothing."""
-    from acodm_env.pretrain.trainer import LMConfig
+    from acodm_env.pretrain.config import LMConfig
 
     sizes = {"batch_size": learning.batch_size, "sequence_length": learning.sequence_length}
     step, evaluation = _time(LMConfig(model=learning.proxy, **sizes), store, frozenset({"gram", "layers"}))

@@ -29,9 +29,9 @@ from acodm_env.interaction import InteractionConfig
 from acodm_env.mixture import ActionMap, Bounds
 from acodm_env.observation import DEFAULT_FIELDS, Observer
 from acodm_env.policy import Policy
+from acodm_env.pretrain.config import resolve_device
 from acodm_env.pretrain.gradients import DomainGradients, GradientProbe, order_rows
 from acodm_env.pretrain.models import build_model, probed_layers
-from acodm_env.pretrain.trainer import resolve_device
 from acodm_env.trainer import RunInfo
 
 MODEL = "pythia-31m"  # 6 layers × 256

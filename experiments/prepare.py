@@ -60,6 +60,8 @@ def run(config: PrepareConfig) -> None:
     store = prepare(config.preparation(), config.out, quiet=config.quiet)
     if not config.quiet:
         say(table(store))
+    for domain in store.record.get("dropped", []):
+        say(f"left out: {domain['name']} ({domain['reason']})")
     say(f"token store: {config.out} (fingerprint {store.fingerprint[:16]})")
 
 

@@ -145,7 +145,7 @@ def draw(runs: Mapping[str, RunFolder], path: Path, title: str) -> None:
     for ax, (name, run) in zip(axes, runs.items(), strict=True):
         _draw_mixture(ax, run)
         ax.set_title(name, fontsize="medium")
-    axes[0].set_ylabel("mixture weight (as drawn, smoothed)")
+    axes[0].set_ylabel("mixture weight")
     handles, labels = axes[0].get_legend_handles_labels()
     bottom.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize="small", frameon=False)
     with atomic_file(path) as file:
@@ -158,6 +158,8 @@ def _draw_perplexity(ax: Any, runs: Mapping[str, RunFolder], begin: float) -> No
         shown = steps >= max(begin * steps[-1], 1)
         ax.plot(steps[shown], mean_perplexity(losses)[shown], label=name, lw=1.6 if name == "policy" else 1.1)
     ax.set_yscale("log")
+    for axis in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
+        axis("{x:g}")
     ax.set_xlabel("optimiser step")
     ax.set_ylabel("mean test perplexity")
     ax.grid(alpha=0.3, which="both")
@@ -165,20 +167,11 @@ def _draw_perplexity(ax: Any, runs: Mapping[str, RunFolder], begin: float) -> No
 
 def _draw_mixture(ax: Any, run: RunFolder) -> None:
     records = run.lines("stats.jsonl")
-    mixture = smooth(np.array([record["realised"] for record in records]), max(1, len(records) // 20))
+    mixture = np.array([record["requested"] for record in records])  # realised to within one sequence per domain
     plot_mixture(ax, [record["step"] for record in records], mixture, run.config["domains"])
     ax.set_ylabel("")
     ax.set_xlabel("optimiser step")
     ax.margins(x=0)
-
-
-def smooth(values: Array, width: int) -> Array:
-    """Centred moving average over the first axis, the window cut at both ends."""
-    sums = np.cumsum(np.concatenate([np.zeros_like(values[:1]), values]), axis=0)
-    centre = np.arange(len(values))
-    low, high = np.maximum(centre - width, 0), np.minimum(centre + width + 1, len(values))
-    averaged: Array = (sums[high] - sums[low]) / (high - low)[:, None]
-    return averaged
 
 
 def time_averaged(run: RunFolder) -> dict[str, dict[str, float]]:

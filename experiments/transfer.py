@@ -14,7 +14,7 @@ from acodm_env.policy import Policy, PolicyMixer, scaled_interval
 from acodm_env.trainer import Lagged, Mixer, Trainer
 
 if TYPE_CHECKING:
-    from acodm_env.pretrain.trainer import LMConfig
+    from acodm_env.pretrain.config import LMConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +135,7 @@ def target_trainer(config: TransferConfig, store: TokenStore, mixer: Mixer) -> T
 
 def lm_config(config: TransferConfig, mixer: Mixer) -> "LMConfig":
     """The target's settings; a policy brings its own interval between decisions."""
-    from acodm_env.pretrain.trainer import LMConfig
+    from acodm_env.pretrain.config import LMConfig
 
     interval = config.decision_every or 1
     if isinstance(mixer, PolicyMixer) and config.decision_every is None:

@@ -5,10 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from acodm_env.corpus.prepare import Preparation, prepare
 from acodm_env.corpus.sources import Source
 from acodm_env.corpus.tokens import TokenStore
+
+torch.set_num_threads(1)  # tiny models gain nothing from more, and tests may run beside each other
 
 WORDS = {
     "letters": ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"],

@@ -1,82 +1,29 @@
 """From documents to a token store: splits, tokenizer, encoding, checksums."""
 
-import hashlib
+import logging
 import re
-from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
 from acodm_env.corpus.sources import Document, Source
-from acodm_env.corpus.tokenizer import END_OF_DOCUMENT, load_tokenizer, train_tokenizer
-from acodm_env.corpus.tokens import FORMAT_VERSION, SPLITS, TokenStore, fingerprint
-from acodm_env.errors import ConfigError, DataError
-from acodm_env.files import atomic_folder, sha256, write_json
+from acodm_env.corpus.splits import Preparation, assign
+from acodm_env.corpus.tokenizer import encode, end_of_document, load_tokenizer, train_tokenizer
+from acodm_env.corpus.tokens import FORMAT_VERSION, SPLITS, TokenStore, fingerprint, token_dtype
+from acodm_env.corpus.workplace import file_states, first_change, work_folder
+from acodm_env.errors import DataError
+from acodm_env.files import disk_errors, sha256, write_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+__all__ = ["Preparation", "prepare"]
+
 _BATCH = 256  # documents encoded at a time
-
-
-@dataclass(frozen=True, kw_only=True)
-class Preparation:
-    """Everything that decides what a token store holds."""
-
-    source: Source
-    validation: Source | None = None
-    test: Source | None = None
-    splits: tuple[float, float, float] = (0.9, 0.05, 0.05)
-    """Shares of train, validation and test, in characters; of those not given as sources of their own."""
-    tokenizer: str = "train:2048"
-    """"train:N" trains a byte-level BPE of N entries on train documents; else a tokenizer.json or a hub name."""
-
-    def __post_init__(self) -> None:
-        if len(self.splits) != 3 or min(self.splits) < 0 or abs(sum(self.splits) - 1) > 1e-6:
-            raise ConfigError(f"splits={self.splits}: must be three shares of train, validation, test that sum to 1")
-
-
-@dataclass
-class _Splitter:
-    """Assigns documents to splits: each goes where its domain is furthest behind its share, in characters.
-
-    So every split of even a small domain gets its part, spread evenly over the source. A repeated document follows
-    its first copy, and so no document stands in two splits.
-    """
-
-    shares: dict[str, float]
-    reserved: dict[int, str]
-    """Hashes of documents that the user put into validation or test, and where."""
-    _done: dict[str, dict[str, float]] = field(default_factory=dict)
-    _seen: dict[int, str] = field(default_factory=dict)
-
-    def assign(self, document: Document) -> tuple[str, int]:
-        """Split and hash of a document.
-
-        Raises:
-            DataError: the user's own validation or test files hold it too.
-        """
-        digest = document_hash(document.text)
-        if digest in self.reserved:
-            raise DataError(
-                f"{self.reserved[digest]}: holds a document that stands in the source too "
-                f"({document.domain}: {document.text[:60]!r}); remove it from one of them"
-            )
-        if digest not in self._seen:
-            done = self._done.setdefault(document.domain, dict.fromkeys(self.shares, 0.0))
-            total = sum(done.values()) + len(document.text)
-            split = max(self.shares, key=lambda name: self.shares[name] * total - done[name])
-            done[split] += len(document.text)
-            self._seen[digest] = split
-        return self._seen[digest], digest
-
-
-def document_hash(text: str) -> int:
-    """64-bit hash of a document's text."""
-    return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
+_log = logging.getLogger(__name__)
 
 
 def prepare(
@@ -98,16 +45,37 @@ def prepare(
     if isinstance(source, str):
         source = Preparation(source=Source(name=source), tokenizer=tokenizer)
     out = Path(out)
-    if (out / "corpus.json").exists():
-        store = TokenStore.open(out)
-        if store.record["preparation"] != _record(source):
-            raise DataError(f"out={out}: already holds a store prepared otherwise; choose another folder")
-        return store
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"out={out}: already holds other files; choose another folder")
-    with atomic_folder(out) as folder:
+    with disk_errors(out):
+        if (out / "corpus.json").exists():
+            return _opened(out, source)
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise DataError(
+                f"out={out}: must not exist, be an empty folder, or hold the store of the same preparation; it holds "
+                f"something else; choose another --out"
+            )
+    if any(parent.exists() and not parent.is_dir() for parent in out.absolute().parents):
+        raise DataError(f"out={out}: must lie in a folder; a part of the path is a file; choose another --out")
+    with work_folder(out) as folder:
         _write(source, folder, quiet)
     return TokenStore.open(out)
+
+
+def _opened(out: Path, preparation: Preparation) -> TokenStore:
+    """The store that lies there already, if it is the one that would be written now."""
+    store = TokenStore.open(out)
+    record, wanted = store.record.get("preparation", {}), _record(preparation)
+    other = ", ".join(f"{name}={record.get(name)}" for name in wanted if record.get(name) != wanted[name])
+    if other:
+        raise DataError(
+            f"out={out}: must hold the store of the same preparation, or nothing; it was prepared with {other}; "
+            f"choose another --out"
+        )
+    if change := first_change(store.record.get("files", []), preparation.files()):
+        raise DataError(
+            f"out={out}: must hold a store of the same files; {change} since it was prepared; choose another --out, "
+            f"or delete this one"
+        )
+    return store
 
 
 def _record(preparation: Preparation) -> dict[str, Any]:
@@ -117,24 +85,27 @@ def _record(preparation: Preparation) -> dict[str, Any]:
 
 def _write(preparation: Preparation, folder: Path, quiet: bool) -> None:
     total = None
+    files = file_states(preparation.files())
+    dropped = _Dropped()
     if preparation.tokenizer.startswith("train:"):
-        train_only = (document for split, _, document in _assigned(preparation) if split == "train")
+        train_only = (item.document for item in assign(preparation, dropped) if item.split == "train")
         tokenizer, total = train_tokenizer(preparation.tokenizer, train_only, quiet)
-        tokenizer.save(str(folder / "tokenizer.json"))
     else:
         tokenizer = load_tokenizer(preparation.tokenizer)
-        tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     writer = _Writer(folder, tokenizer)
     with writer, _bar(total, quiet) as bar:
-        for split, digest, document in _assigned(preparation):
+        for split, digest, document in assign(preparation, dropped):
             writer.add(split, digest, document)
             bar.update(len(document.text))
     record = {
         "format_version": FORMAT_VERSION,
         "preparation": _record(preparation),
-        "dtype": writer.dtype,
+        "files": files,
+        "dropped": [{"name": domain, "reason": reason} for domain, reason in dropped.reasons.items()],
+        "dtype": writer.dtype.name,
         "tokenizer": {
-            "vocab_size": tokenizer.get_vocab_size(),
+            "vocab_size": writer.vocab_size,
             "end_of_document": writer.end,
             "bytes": (folder / "tokenizer.json").stat().st_size,
             "sha256": sha256(folder / "tokenizer.json"),
@@ -144,30 +115,16 @@ def _write(preparation: Preparation, folder: Path, quiet: bool) -> None:
     write_json(folder / "corpus.json", record | {"fingerprint": fingerprint(record)})
 
 
-def _assigned(preparation: Preparation) -> Iterator[tuple[str, int, Document]]:
-    """Every document with its split and hash: the user's own validation and test first, then the source."""
-    reserved: dict[int, str] = {}
-    own = {"validation": preparation.validation, "test": preparation.test}
-    for split, given in own.items():
-        for document in given.documents() if given else ():
-            digest = document_hash(document.text)
-            if reserved.setdefault(digest, f"{split}={given.name if given else ''}").split("=")[0] != split:
-                raise DataError(f"test={given.name if given else ''}: holds a document of the validation files too")
-            yield split, digest, document
-    splitter = _Splitter(_shares(preparation), reserved)
-    for document in preparation.source.documents():
-        split, digest = splitter.assign(document)
-        yield split, digest, document
+class _Dropped:
+    """Domains of "pocket" that are left out, and why; said once, however often the corpus is read."""
 
+    def __init__(self) -> None:
+        self.reasons: dict[str, str] = {}
 
-def _shares(preparation: Preparation) -> dict[str, float]:
-    """Shares of the splits that are cut out of the source, summing to 1."""
-    given = {"validation": preparation.validation, "test": preparation.test}
-    shares = {s: share for s, share in zip(SPLITS, preparation.splits, strict=True) if not given.get(s) and share > 0}
-    total = sum(shares.values())
-    if total <= 0:
-        raise ConfigError(f"splits={preparation.splits}: leaves nothing of the source for training")
-    return {name: share / total for name, share in shares.items()}
+    def __call__(self, domain: str, reason: str) -> None:
+        if domain not in self.reasons:
+            _log.warning("pocket: domain '%s' is left out: %s", domain, reason)
+            self.reasons[domain] = reason
 
 
 class _Writer:
@@ -175,9 +132,9 @@ class _Writer:
 
     def __init__(self, folder: Path, tokenizer: "Tokenizer"):
         self.folder, self.tokenizer = folder, tokenizer
-        self.dtype = "uint16" if tokenizer.get_vocab_size() <= 1 << 16 else "uint32"
-        end = tokenizer.token_to_id(END_OF_DOCUMENT)
-        self.end = end if end is not None else _end_token(tokenizer)
+        self.vocab_size = max(tokenizer.get_vocab().values()) + 1  # ids of added tokens may leave gaps
+        self.dtype = token_dtype(self.vocab_size)
+        self.end = end_of_document(tokenizer)
         self._stack = ExitStack()
         self._files: dict[tuple[str, str], BinaryIO] = {}
         self._tokens: dict[tuple[str, str], int] = {}
@@ -200,34 +157,21 @@ class _Writer:
             self._flush()
 
     def _flush(self) -> None:
-        encodings = self.tokenizer.encode_batch_fast([d.text for _, d in self._waiting], add_special_tokens=False)
-        for (split, document), encoding in zip(self._waiting, encodings, strict=True):
+        texts = [document.text for _, document in self._waiting]
+        for (split, document), ids in zip(self._waiting, encode(self.tokenizer, texts, self.end), strict=True):
             key = (document.domain, split)
             if key not in self._files:
                 path = self.folder / split / f"{len(self._files):04d}.part"
                 path.parent.mkdir(exist_ok=True)
                 self._files[key] = self._stack.enter_context(path.open("wb"))
-            tokens = np.array([*encoding.ids, self.end], dtype=self.dtype)
+            tokens = np.array([*ids, self.end], dtype=self.dtype)
             self._files[key].write(tokens.tobytes())
             self._tokens[key] = self._tokens.get(key, 0) + len(tokens)
         self._waiting = []
 
     def finish(self) -> list[dict[str, Any]]:
-        """Name the files by domain, and describe them for `corpus.json`.
-
-        Raises:
-            DataError: no document at all, or a domain that a split lacks.
-        """
+        """Name the files by domain, and describe them for `corpus.json`."""
         domains = sorted({domain for domain, _ in self._files})
-        if not domains:
-            raise DataError("source: holds no documents")
-        for domain in domains:
-            for split in SPLITS:
-                if not self._tokens.get((domain, split)):
-                    raise DataError(
-                        f"domain={domain}: has no documents in {split}; give {split} a larger share with --splits, "
-                        f"add documents, or leave the domain out"
-                    )
         return [
             {"name": domain, "splits": {split: self._finish_file(index, domain, split) for split in SPLITS}}
             for index, domain in enumerate(domains)
@@ -249,13 +193,6 @@ class _Writer:
             "documents_bytes": documents.stat().st_size,
             "documents_sha256": sha256(documents),
         }
-
-
-def _end_token(tokenizer: "Tokenizer") -> int:
-    for name in ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>"):
-        if (token := tokenizer.token_to_id(name)) is not None:
-            return int(token)
-    raise ConfigError("tokenizer: has no end-of-text token (<|endoftext|>, </s>, <eos>); add one or use train:N")
 
 
 def _bar(total: int | None, quiet: bool) -> Any:

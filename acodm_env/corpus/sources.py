@@ -41,9 +41,9 @@ class Source:
     text_field: str = "text"
     """Dotted name of the text's field."""
 
-    def documents(self) -> Iterator[Document]:
+    def documents(self, on_dropped: Dropped | None = None) -> Iterator[Document]:
         """Stream the documents; see `documents` for order and errors."""
-        return documents(self.name, domain_field=self.domain_field, text_field=self.text_field)
+        return documents(self.name, domain_field=self.domain_field, text_field=self.text_field, on_dropped=on_dropped)
 
 
 def documents(
@@ -109,12 +109,25 @@ def _documents(source: str, domain_field: str | None, text_field: str, hub_split
     if not files:
         yield from _hub_documents(source, domain_field, text_field, hub_split)
     root = Path(source).expanduser()
+    if domain_field is None:
+        _check_folders(root, files)
     for file in files:
         check_whole(file)
         folder = file.relative_to(root).parts[0] if file.parent != root and file != root else None
         for number, record in enumerate(_records(file), start=1):
             where = f"record {number} of {file}"
             yield _document(record, domain_field, text_field, folder, where)
+
+
+def _check_folders(root: Path, files: list[Path]) -> None:
+    """Where sub-folders are domains, none may be empty."""
+    filled = {file.relative_to(root).parts[0] for file in files if file != root}
+    for folder in sorted(root.iterdir()) if root.is_dir() else ():
+        if folder.is_dir() and _visible(folder, root) and folder.name not in filled:
+            raise DataError(
+                f"domain={folder.name}: must hold files ending in {', '.join(ENDINGS)}; the folder {folder} holds "
+                f"none; add some or remove the folder"
+            )
 
 
 def _hub_documents(source: str, domain_field: str | None, text_field: str, split: str) -> Iterator[Document]:

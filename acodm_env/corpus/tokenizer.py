@@ -1,9 +1,11 @@
 """Byte-level BPE: trained on a bounded, even sample of the corpus, or taken from a file or the hub."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from acodm_env.corpus.hub import looks_local, require_hub
 from acodm_env.corpus.sources import Document
 from acodm_env.errors import ConfigError, DataError
 
@@ -11,6 +13,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 END_OF_DOCUMENT = "<|endofdocument|>"
+_ENDS = (END_OF_DOCUMENT, "<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
 SAMPLE_CHARACTERS = 1_000_000
 """Per domain, for training: equal parts, so that a small domain is not spelled byte by byte."""
 
@@ -74,23 +77,75 @@ class _Sample:
 
 
 def load_tokenizer(name: str) -> "Tokenizer":
-    """A tokenizer from a `tokenizer.json` or the hub.
+    """A tokenizer from a `tokenizer.json`, a folder with one, or the hub (its local cache first).
 
     Raises:
-        DataError: a damaged file.
-        ConfigError: neither a file nor reachable on the hub.
+        DataError: a damaged file, nothing at a path, or a hub that cannot be reached.
+        ConfigError: no such tokenizer on the hub.
     """
     from tokenizers import Tokenizer
 
-    if Path(name).is_file():
-        try:
-            return Tokenizer.from_file(name)
-        except Exception as error:  # the library raises plain Exception
-            raise DataError(f"tokenizer={name}: is no tokenizer.json ({error})") from error
+    path = Path(name).expanduser()
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        if path.is_dir() or looks_local(name, (".json",)):
+            raise DataError(
+                f"tokenizer={name}: must be an existing tokenizer.json; nothing is there; check the path, or train "
+                f"one with train:2048"
+            )
+        file = _from_hub(name)
     try:
-        return Tokenizer.from_pretrained(name)
-    except Exception as error:  # a missing network shows as any of a dozen exceptions
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises plain Exception
+        raise DataError(f"tokenizer={name}: must be a tokenizer.json; {error}; download it again") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _from_hub(name: str) -> Path:
+    import huggingface_hub
+
+    remedy = (
+        "without network, download its tokenizer.json elsewhere and give the path, or train one with train:2048 "
+        "(train:N, N entries)"
+    )
+    try:
+        cached = huggingface_hub.try_to_load_from_cache(name, "tokenizer.json")
+        if isinstance(cached, str):
+            return Path(cached)
+        require_hub("tokenizer", name, remedy)
+        return Path(huggingface_hub.hf_hub_download(name, "tokenizer.json"))
+    except (OSError, ValueError) as error:  # what the hub raises are kinds of these
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"tokenizer={name}: is no file, and cannot be fetched from the hub ({type(error).__name__}); without "
-            f"network, download its tokenizer.json elsewhere and give the path, or train one with train:2048"
+            f"tokenizer={name}: must be train:N, a tokenizer.json or the hub name of a model that has one; {cause}; "
+            f"check the name; {remedy}"
         ) from error
+
+
+def end_of_document(tokenizer: "Tokenizer") -> int:
+    """The id that ends a document: our own token's, or the one that the tokenizer has for this purpose.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    for name in _ENDS:
+        if (token := tokenizer.token_to_id(name)) is not None:
+            return int(token)
+    raise ConfigError(f"tokenizer: must have an end-of-text token ({', '.join(_ENDS)}); add one or use train:N")
+
+
+def encode(tokenizer: "Tokenizer", texts: Sequence[str], end: int) -> Iterator[list[int]]:
+    """Ids of each text. A special token spelled out in a text is text like any other: only we write the id `end`."""
+    tokenizer.encode_special_tokens = True
+    for text, encoding in zip(texts, tokenizer.encode_batch_fast(list(texts), add_special_tokens=False), strict=True):
+        yield encoding.ids if end not in encoding.ids else _encode_around(tokenizer, text, end)
+
+
+def _encode_around(tokenizer: "Tokenizer", text: str, end: int) -> list[int]:
+    """Ids of a text in which the model itself finds the end token, as Unigram does: it is cut within each."""
+    spelled = tokenizer.id_to_token(end) or ""
+    parts = re.split(rf"(?<={re.escape(spelled[:1])})(?={re.escape(spelled[1:])})", text)
+    ids = [token for part in parts for token in tokenizer.encode(part, add_special_tokens=False).ids]
+    return [token for token in ids if token != end]

@@ -132,8 +132,9 @@ class TokenStore:
             if size < sequence_length:
                 raise DataError(
                     f"domain={domain}: must hold at least one sequence of {sequence_length} tokens in the {split} "
-                    f"split; it holds {size}; shorten the sequences to {size} tokens or fewer, give {split} a larger "
-                    f"share (--splits), or prepare the corpus without this domain"
+                    f"split; it holds {size}; shorten the sequences to {size} tokens or fewer, or prepare the "
+                    f"corpus again with more text for {split} (its own files, or its share, --splits) or without this "
+                    f"domain"
                 )
         return tuple(size // sequence_length for size in sizes)
 

@@ -10,8 +10,9 @@ noise power. Each domain's sequences are therefore split into two halves a, b, a
 arXiv 2505.23878, leaves the diagonal out).
 """
 
+import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,30 @@ def order_rows(domains: NDArray[np.int64], previous_draws: NDArray[Any]) -> tupl
     return order[np.argsort(group, kind="stable")], sizes
 
 
+class _Buffers:
+    """Memory of one probe's results, used again once nobody holds them: a CPU's fresh pages cost more than the slices.
+
+    CUDA's caching allocator does the same by itself.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[NDArray[np.float32]] = []
+
+    def __reduce__(self) -> tuple[type["_Buffers"], tuple[()]]:
+        return _Buffers, ()
+
+    def take(self, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+        """Uninitialised float32."""
+        if device.type != "cpu":
+            return torch.empty(shape, dtype=torch.float32, device=device)
+        size = int(np.prod(shape))
+        memory = self._free.pop() if self._free else np.empty(size + 16, dtype=np.float32)
+        start = -memory.ctypes.data % 64 // 4  # aligned as torch's own memory is
+        lease = memory[start : start + size]  # lives as long as any tensor over it
+        weakref.finalize(lease, self._free.append, memory).atexit = False
+        return torch.from_numpy(lease).view(shape)
+
+
 @dataclass(frozen=True, eq=False)
 class DomainGradients:
     """Per-domain sums of token-loss gradients over a window; additive, unlike their Gram matrix."""
@@ -55,10 +80,13 @@ class DomainGradients:
     """(K, 2, P) float32, the P weights of all probed layers (or of their sketches) in order; (K, 1, P) unhalved."""
     tokens: Array
     """Predicted tokens behind each sum (K, 2), or (K, 1)."""
+    buffers: _Buffers = field(default_factory=_Buffers, repr=False)
+    """Where sums of windows take their memory."""
 
     def __add__(self, other: "DomainGradients") -> "DomainGradients":
         """Sum of two windows."""
-        return DomainGradients(self.sums + other.sums, self.tokens + other.tokens)
+        out = self.buffers.take(tuple(self.sums.shape), self.sums.device)
+        return DomainGradients(torch.add(self.sums, other.sums, out=out), self.tokens + other.tokens, self.buffers)
 
     def gram(self) -> tuple[Array, Array]:
         """Gram matrix H (K, K) of the domains' mean gradients, and their noise power ‖g_i‖² − H_ii (K,).
@@ -216,7 +244,8 @@ class GradientProbe:
                 raise ConfigError(f"layers={name}: must be nn.Linear or Conv1D; it is {type(module).__name__}")
             signs = None if sketch_size is None else _random_signs(module, sketch_size, generator)
             self._recorders.append(_Recorder(module, signs))
-        self._buffer: torch.Tensor | None = None
+        self._buffers = _Buffers()
+        self._buffer: torch.Tensor | None = None  # (groups, P) while a window is being recorded
 
     def attach(self) -> None:
         """Swap the layers' `forward`."""
@@ -246,11 +275,10 @@ class GradientProbe:
             recorder.rows = rows
 
     def _allocate(self) -> None:
-        """One fresh buffer for all layers, which `collect` hands over."""
+        """One buffer for all layers, which `collect` hands over."""
         num_groups = self.num_domains * (1 + self.halves)
         sizes = [rows * columns for rows, columns in (recorder.shape for recorder in self._recorders)]
-        device = self._recorders[0].weight.device
-        self._buffer = torch.empty(num_groups, sum(sizes), dtype=torch.float32, device=device)
+        self._buffer = self._buffers.take((num_groups, sum(sizes)), self._recorders[0].weight.device)
         for recorder, part in zip(self._recorders, torch.split(self._buffer, sizes, dim=1), strict=True):
             recorder.slices, recorder.filled = part.view(num_groups, *recorder.shape), False
 
@@ -280,9 +308,8 @@ class GradientProbe:
             recorder.slices, recorder.rows = None, ()
         self._buffer = None
         counts = np.asarray(tokens, dtype=np.float64)
-        return DomainGradients(
-            sums.view(self.num_domains, 1 + self.halves, -1), counts if self.halves else counts.sum(1, keepdims=True)
-        )
+        counts = counts if self.halves else counts.sum(1, keepdims=True)
+        return DomainGradients(sums.view(self.num_domains, 1 + self.halves, -1), counts, self._buffers)
 
 
 class _RecordingForward:

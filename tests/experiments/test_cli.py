@@ -86,6 +86,38 @@ def test_interrupted_training_says_how_to_go_on(tiny_corpus, tmp_path, monkeypat
     assert f"To go on: acodm train --corpus {tiny_corpus}" in capsys.readouterr().err
 
 
+def test_killed_and_resumed_training_equals_uninterrupted_bit_for_bit(tiny_corpus, tmp_path, monkeypatch):
+    """The real environment: language model, sampler, agent, normaliser and generators all go on exactly."""
+    import torch
+
+    from acodm_env.agents import learning
+
+    base = ["train", "--corpus", tiny_corpus, *SMOKE, *AGENT, "--episodes", "3"]
+    assert acodm(*base, "--out", tmp_path / "whole") == 0
+    steps, on_step = [], learning._Episodes._on_step
+
+    def interrupt(self):
+        steps.append(1)
+        if len(steps) == 5:  # in the second episode of three decisions
+            raise KeyboardInterrupt
+        return on_step(self)
+
+    monkeypatch.setattr(learning._Episodes, "_on_step", interrupt)
+    assert acodm(*base, "--out", tmp_path / "cut") == 1
+    monkeypatch.undo()
+    torch.manual_seed(1234)
+    assert acodm(*base, "--out", tmp_path / "cut", "--resume") == 0
+    expected, got = (
+        torch.load(tmp_path / name / "checkpoints" / "last" / "networks.pt", weights_only=True)
+        for name in ("whole", "cut")
+    )
+    assert expected["policy"].keys() == got["policy"].keys()
+    for name, value in expected["policy"].items():
+        assert torch.equal(value, got["policy"][name]), name
+    logs = [json.loads((tmp_path / name / "result.json").read_text())["rows"] for name in ("whole", "cut")]
+    assert logs[0] == logs[1]
+
+
 @pytest.mark.parametrize("command", sorted(cli.COMMANDS))
 def test_help_lists_defaults_out_seed_and_quiet(command, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -128,9 +128,3 @@ def test_time_averaged_mixture_and_interleave_probabilities_sum_to_one(tmp_path)
     exec(f"result = {source}", {"by_domain": {f"domain{i}": i for i in range(3)}}, scope)
     assert sum(scope["result"]["probabilities"]) == 1.0
     assert scope["result"]["seed"] == 3
-
-
-def test_smoothing_keeps_constant_values_and_the_sum():
-    values = np.tile([[0.25, 0.75]], (9, 1))
-    np.testing.assert_allclose(report.smooth(values, 2), values)
-    np.testing.assert_allclose(report.smooth(np.array([[0.0], [3.0], [0.0]]), 1), [[1.5], [1.0], [1.5]])

@@ -115,40 +115,9 @@ def test_hub_name_offline_says_what_to_do(monkeypatch):
         read("owner/name")
 
 
-def test_overlapping_validation_is_refused(tmp_path):
-    source = Source(name=str(write(tmp_path / "a.jsonl", rows())), domain_field="meta.set")
-    held = Source(name=str(write(tmp_path / "v.jsonl", rows(2))), domain_field="meta.set")
-    with pytest.raises(DataError, match="stands in the source too"):
-        prepare(Preparation(source=source, validation=held, tokenizer="train:260"), tmp_path / "store")
-    assert not (tmp_path / "store").exists()
-
-
-def test_a_domain_too_small_for_every_split_is_named(tmp_path):
-    records = [*rows(60), {"text": "alone", "meta": {"set": "lonely"}}]
-    source = Source(name=str(write(tmp_path / "a.jsonl", records)), domain_field="meta.set")
-    with pytest.raises(DataError, match="domain=lonely"):
-        prepare(Preparation(source=source, tokenizer="train:260"), tmp_path / "store")
-
-
-def test_an_out_folder_that_holds_something_else_is_left_alone(tmp_path):
-    source = Source(name=str(write(tmp_path / "a.jsonl", rows())), domain_field="meta.set")
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "mine.txt").write_text("keep")
-    with pytest.raises(DataError, match="already holds other files"):
-        prepare(Preparation(source=source, tokenizer="train:260"), out)
-    assert [path.name for path in out.iterdir()] == ["mine.txt"]
-
-
-def test_disk_full_leaves_nothing(tmp_path, monkeypatch):
-    import errno
-
-    source = Source(name=str(write(tmp_path / "a.jsonl", rows())), domain_field="meta.set")
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("acodm_env.corpus.prepare.sha256", full)
-    with pytest.raises(DataError, match="disk full"):
-        prepare(Preparation(source=source, tokenizer="train:260"), tmp_path / "store")
-    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+def test_an_empty_domain_folder_is_named(tmp_path):
+    for name in ("x", "y"):
+        (tmp_path / name).mkdir()
+    write(tmp_path / "x" / "a.jsonl", rows(2))
+    with pytest.raises(DataError, match=r"domain=y: must hold files ending in"):
+        read(tmp_path, domain_field=None)

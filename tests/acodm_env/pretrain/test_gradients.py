@@ -1,5 +1,6 @@
 """One backward pass against as many as there are domains, and the Gram matrix against numbers worked out by hand."""
 
+import pickle
 import random
 from dataclasses import FrozenInstanceError
 from functools import partial
@@ -200,6 +201,24 @@ def test_windows_add_up(setup):
     assert torch.equal(first.sums, kept)  # a later step does not write into an earlier result
     assert torch.equal(both.sums, first.sums + second.sums)
     np.testing.assert_array_equal(both.tokens, first.tokens + second.tokens)
+
+
+def test_memory_is_used_again_only_when_nobody_holds_it(setup):
+    model, layers = setup
+    probe = GradientProbe(layers, 2)
+    probe.attach()
+    first = probed_step(model, probe, [draw_batch(2, seed=1)], np.zeros(2))
+    address, row = first.sums.data_ptr(), first.sums[1, 0]
+    assert address % 64 == 0
+    kept = row.clone()
+    del first
+    second = probed_step(model, probe, [draw_batch(2, seed=2)], np.zeros(2))
+    assert second.sums.data_ptr() != address  # `row` looks into the first result
+    assert torch.equal(row, kept)
+    copy = pickle.loads(pickle.dumps(second))
+    assert torch.equal((copy + second).sums, 2 * second.sums)
+    del row
+    assert probed_step(model, probe, [draw_batch(2, seed=3)], np.zeros(2)).sums.data_ptr() == address
 
 
 def checkpointed(forward, reentrant):

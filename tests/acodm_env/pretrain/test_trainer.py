@@ -7,7 +7,8 @@ from torch.nn import functional
 
 from acodm_env.errors import ConfigError, DataError
 from acodm_env.files import read_state, write_state
-from acodm_env.pretrain.trainer import LMConfig, LMTrainer, resolve_device, target_accelerator
+from acodm_env.pretrain.config import LMConfig, resolve_device
+from acodm_env.pretrain.trainer import LMTrainer, target_accelerator
 from acodm_env.trainer import Trainer, merge
 
 SMALL = {"batch_size": 6, "sequence_length": 32, "horizon": 8, "decision_every": 2, "device": "cpu"}
