@@ -32,6 +32,7 @@ def main(arguments: Sequence[str] | None = None, command: str | None = None) -> 
         arguments: without the program's name; default `sys.argv[1:]`.
         command: fixes the command, for `python -m acodm_env.experiments.COMMAND`.
     """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall a machine that others use too
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if command is not None:
         arguments = [command, *arguments]

@@ -39,7 +39,8 @@ def make_mixer(name: str, **options: Any) -> Mixer:
     try:
         mixer = _FACTORIES[name](**options)
     except TypeError as error:
-        raise ConfigError(f"mixer={name}: {error}; see its docstring for its options") from error
+        given = "".join(f", {key}={value}" for key, value in options.items())
+        raise ConfigError(f"mixer={name}{given}: {error}; see its docstring for its options") from error
     mixer.name = name
     return mixer
 

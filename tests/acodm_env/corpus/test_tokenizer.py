@@ -3,7 +3,7 @@
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from acodm_env.corpus.tokenizer import end_of_document, encode, load_tokenizer
+from acodm_env.corpus.tokenizer import encode, end_of_document, load_tokenizer
 from acodm_env.errors import ConfigError, DataError
 
 
