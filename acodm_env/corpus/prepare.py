@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from acodm_env.corpus.pocket import Dropped
 from acodm_env.corpus.sources import Document, Source
 from acodm_env.corpus.splits import Preparation, assign
 from acodm_env.corpus.tokenizer import encode, end_of_document, load_tokenizer, train_tokenizer
@@ -62,7 +64,10 @@ def prepare(
 
 def _opened(out: Path, preparation: Preparation) -> TokenStore:
     """The store that lies there already, if it is the one that would be written now."""
-    store = TokenStore.open(out)
+    try:
+        store = TokenStore.open(out)
+    except DataError as error:
+        raise DataError(f"{error}; to do so in the same place, delete the folder {out} first") from error
     record, wanted = store.record.get("preparation", {}), _record(preparation)
     other = ", ".join(f"{name}={record.get(name)}" for name in wanted if record.get(name) != wanted[name])
     if other:
@@ -84,17 +89,18 @@ def _record(preparation: Preparation) -> dict[str, Any]:
 
 
 def _write(preparation: Preparation, folder: Path, quiet: bool) -> None:
-    total = None
     files = file_states(preparation.files())
     dropped = _Dropped()
+    num_chars = None
     if preparation.tokenizer.startswith("train:"):
-        train_only = (item.document for item in assign(preparation, dropped) if item.split == "train")
-        tokenizer, total = train_tokenizer(preparation.tokenizer, train_only, quiet)
+        with _bar("reading", None, quiet) as bar:
+            tokenizer = train_tokenizer(preparation.tokenizer, _train_documents(preparation, dropped, bar))
+            num_chars = bar.n
     else:
         tokenizer = load_tokenizer(preparation.tokenizer)
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     writer = _Writer(folder, tokenizer)
-    with writer, _bar(total, quiet) as bar:
+    with writer, _bar("tokenising", num_chars, quiet) as bar:
         for split, digest, document in assign(preparation, dropped):
             writer.add(split, digest, document)
             bar.update(len(document.text))
@@ -113,6 +119,14 @@ def _write(preparation: Preparation, folder: Path, quiet: bool) -> None:
         "domains": writer.finish(),
     }
     write_json(folder / "corpus.json", record | {"fingerprint": fingerprint(record)})
+
+
+def _train_documents(preparation: Preparation, dropped: Dropped, bar: Any) -> Iterator[Document]:
+    """The documents of train; the bar counts all of them."""
+    for split, _, document in assign(preparation, dropped):
+        bar.update(len(document.text))
+        if split == "train":
+            yield document
 
 
 class _Dropped:
@@ -195,7 +209,7 @@ class _Writer:
         }
 
 
-def _bar(total: int | None, quiet: bool) -> Any:
+def _bar(label: str, total: int | None, quiet: bool) -> Any:
     from tqdm import tqdm
 
-    return tqdm(total=total, desc="tokenising", unit="char", unit_scale=True, disable=quiet, dynamic_ncols=True)
+    return tqdm(total=total, desc=label, unit="char", unit_scale=True, disable=quiet, dynamic_ncols=True)

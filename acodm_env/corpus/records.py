@@ -60,6 +60,7 @@ def _first_bad_line(file: Path) -> tuple[int, str] | None:
                 continue
             try:
                 record = json.loads(line)
+                json.dumps(record, ensure_ascii=False).encode()  # refuses half a surrogate pair
             except ValueError as error:  # malformed, or not UTF-8
                 return number, str(error)
             if not isinstance(record, dict):

@@ -114,9 +114,12 @@ def _documents(source: str, domain_field: str | None, text_field: str, hub_split
     for file in files:
         check_whole(file)
         folder = file.relative_to(root).parts[0] if file.parent != root and file != root else None
+        number = 0
         for number, record in enumerate(_records(file), start=1):
             where = f"record {number} of {file}"
             yield _document(record, domain_field, text_field, folder, where)
+        if number == 0:
+            raise DataError(f"{file}: must hold records; it holds none; remove it or write it again")
 
 
 def _check_folders(root: Path, files: list[Path]) -> None:

@@ -18,25 +18,22 @@ SAMPLE_CHARACTERS = 1_000_000
 """Per domain, for training: equal parts, so that a small domain is not spelled byte by byte."""
 
 
-def train_tokenizer(setting: str, documents: Iterable[Document], quiet: bool = True) -> tuple["Tokenizer", int]:
+def train_tokenizer(setting: str, documents: Iterable[Document]) -> "Tokenizer":
     """Train a byte-level BPE on `documents`.
 
     Args:
         setting: "train:N" with N entries, at least 257 (all bytes and the end-of-document token).
         documents: training documents; at most about `SAMPLE_CHARACTERS` of each domain are used, evenly taken.
-        quiet: no progress bar.
 
-    Returns:
-        The tokenizer, and the number of characters seen.
+    Raises:
+        ConfigError: N is missing or too small.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     size = _size(setting)
     samples: dict[str, _Sample] = {}
-    total = 0
     for document in documents:
         samples.setdefault(document.domain, _Sample()).add(document.text)
-        total += len(document.text)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -44,10 +41,10 @@ def train_tokenizer(setting: str, documents: Iterable[Document], quiet: bool = T
         vocab_size=size,
         special_tokens=[END_OF_DOCUMENT],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=not quiet,
+        show_progress=False,
     )
     tokenizer.train_from_iterator((text for name in sorted(samples) for text in samples[name].texts), trainer)
-    return tokenizer, total
+    return tokenizer
 
 
 def _size(setting: str) -> int:

@@ -76,6 +76,22 @@ def test_other_settings_are_refused_by_name(tmp_path):
         prepared(tmp_path, rows(), tokenizer="train:270")
 
 
+def test_a_damaged_store_says_what_to_delete(tmp_path):
+    store = prepared(tmp_path, rows())
+    (store.path / "tokenizer.json").unlink()
+    with pytest.raises(DataError, match=r"not whole.*delete the folder .*store first"):
+        prepared(tmp_path, rows())
+
+
+def test_progress_counts_every_document_and_leaves_standard_output_alone(tmp_path, capfd):
+    source = given(tmp_path / "a.jsonl", rows())
+    prepare(Preparation(source=source, tokenizer="train:260"), tmp_path / "store", quiet=False)
+    out, err = capfd.readouterr()
+    num_chars = sum(len(row["text"]) for row in rows())
+    assert out == ""
+    assert f"{num_chars}/{num_chars}" in err
+
+
 def test_a_special_token_spelled_out_is_no_document_end(tmp_path):
     store = prepared(tmp_path, rows(word=f"one{END_OF_DOCUMENT}two"))
     for split in SPLITS:

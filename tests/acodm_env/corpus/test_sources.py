@@ -115,6 +115,19 @@ def test_hub_name_offline_says_what_to_do(monkeypatch):
         read("owner/name")
 
 
+def test_a_file_without_records_is_named(tmp_path):
+    write(tmp_path / "a.jsonl", rows(2))
+    (tmp_path / "b.jsonl").write_text("\n\n")
+    with pytest.raises(DataError, match=r"b\.jsonl: must hold records; it holds none"):
+        read(tmp_path)
+
+
+def test_half_a_surrogate_pair_names_file_and_line(tmp_path):
+    write(tmp_path / "a.jsonl", [*rows(2), {"text": "\ud800", "meta": {"set": "a"}}])
+    with pytest.raises(DataError, match=r"a\.jsonl, line 3.*surrogates"):
+        read(tmp_path)
+
+
 def test_an_empty_domain_folder_is_named(tmp_path):
     for name in ("x", "y"):
         (tmp_path / name).mkdir()

@@ -1,0 +1,247 @@
+"""The tree holds what it promises: import arrows, packages, README, sizes, no global random numbers."""
+
+import ast
+import configparser
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOTS = {"acodm_env": "acodm_env", "agents": "acodm_env.agents", "experiments": "acodm_env.experiments"}
+HEAVY = ("torch", "stable_baselines3", "transformers")
+
+
+def sources(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+MODULES = [name_of(path) for path in sources(*ROOTS)]
+
+
+def parsed(module: str) -> ast.Module:
+    return ast.parse((ROOT / module).read_text(encoding="utf-8"), module)
+
+
+# --- (a) imports go one way --------------------------------------------------------------------------------
+
+
+def imports(module: str) -> Iterator[str]:
+    """Absolute names that a file imports anywhere, also inside functions."""
+    top, *folders = Path(module).parent.parts
+    package = [*ROOTS[top].split("."), *folders]
+    for node in ast.walk(parsed(module)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            yield source
+            yield from (f"{source}.{alias.name}" for alias in node.names)
+
+
+def forbidden(module: str) -> tuple[str, ...]:
+    top = Path(module).parts[0]
+    common = ("agents", "experiments")  # those names belong to other distributions
+    if top == "experiments":
+        return common
+    if top == "agents":
+        return (*common, "acodm_env.experiments")
+    gym = () if module in ("acodm_env/env.py", "acodm_env/__init__.py") else ("gymnasium",)
+    return (*common, "acodm_env.agents", "acodm_env.experiments", "stable_baselines3", "sb3_contrib", *gym)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_one_way(module: str) -> None:
+    wrong = {
+        name
+        for name in imports(module)
+        for banned in forbidden(module)
+        if name == banned or name.startswith(f"{banned}.")
+    }
+    assert not wrong, f"{module} imports {sorted(wrong)}"
+
+
+def test_relative_imports_are_resolved() -> None:
+    assert "acodm_env.agents.baselines.bandits" in set(imports("agents/baselines/__init__.py"))
+
+
+# --- (b) packages ------------------------------------------------------------------------------------------
+
+
+def test_setup_cfg_lists_every_package() -> None:
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg", encoding="utf-8")
+    listed = config["options"]["packages"].split()
+    mapping = dict(line.split(" = ") for line in config["options"]["package_dir"].strip().splitlines())
+    assert {folder: name for name, folder in mapping.items()} == ROOTS
+    found = []
+    for path in sources(*ROOTS):
+        if path.name == "__init__.py":
+            top, *folders = path.parent.relative_to(ROOT).parts
+            found.append(".".join([ROOTS[top], *folders]))
+    assert sorted(listed) == sorted(found)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_folder_with_modules_is_a_package(module: str) -> None:
+    assert (ROOT / module).with_name("__init__.py").exists()
+
+
+# --- (c) a light import ------------------------------------------------------------------------------------
+
+IMPORT = """
+import sys, time
+started = time.process_time()
+import acodm_env
+print(time.process_time() - started, *[name for name in {heavy} if name in sys.modules])
+"""
+
+
+def test_import_is_light() -> None:
+    outputs = [
+        subprocess.run(
+            [sys.executable, "-c", IMPORT.format(heavy=HEAVY)], capture_output=True, text=True, check=True, cwd="/"
+        ).stdout.split()
+        for _ in range(3)
+    ]
+    assert [loaded for _, *loaded in outputs] == [[], [], []]
+    seconds = min(float(spent) for spent, *_ in outputs)
+    assert seconds <= 0.5, f"import acodm_env took {seconds:.2f} s of CPU time"
+
+
+# --- (d) sizes and names -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sources(*ROOTS, "tests"), ids=name_of)
+def test_files_are_small_and_named_for_what_they_hold(path: Path) -> None:
+    assert path.stem not in ("utils", "util", "common", "helpers", "helper", "misc")
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= 400, f"{name_of(path)} has {lines} lines; split it"
+
+
+# --- (e) README, Makefile, CI ------------------------------------------------------------------------------
+
+
+def readme() -> str:
+    return (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def layout() -> list[str]:
+    """Paths of the modules in README's layout tree; folders are told by their indentation."""
+    found = re.search(r"^## Layout\n+```[a-z]*\n(.*?)^```", readme(), flags=re.MULTILINE | re.DOTALL)
+    assert found, "README.md has no fenced block under '## Layout'"
+    paths, folders = [], []
+    for line in filter(str.strip, found[1].splitlines()):
+        depth = (len(line) - len(line.lstrip())) // 2
+        folders = folders[:depth]
+        for word in line.split():
+            if word.endswith("/"):
+                folders.append(word.rstrip("/"))
+            elif word.endswith(".py"):
+                paths.append("/".join([*folders, word]))
+            else:
+                break  # the description
+    return paths
+
+
+def test_readme_tree_is_the_tree() -> None:
+    listed = [path for path in layout() if Path(path).parts[0] in ROOTS]
+    existing = [module for module in MODULES if Path(module).name != "__init__.py"]
+    assert sorted(set(existing) - set(listed)) == [], "modules that README's layout does not name"
+    assert sorted(set(listed) - set(existing)) == [], "README's layout names what does not exist"
+    assert len(listed) == len(set(listed))
+
+
+@pytest.mark.parametrize("target", ["demo", "test"])
+def test_readme_commands_are_make_targets(target: str) -> None:
+    assert re.search(rf"\bmake {target}\b", readme())
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)
+
+
+def test_ci_runs_the_tests() -> None:
+    script = ROOT / ".ci" / "run"
+    assert re.search(r"^make test\b", script.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert script.stat().st_mode & 0o111, ".ci/run is not executable"
+
+
+# --- (f) no global random numbers --------------------------------------------------------------------------
+
+NUMPY_ALLOWED = {"default_rng", "Generator", "SeedSequence", "BitGenerator", "PCG64", "PCG64DXSM", "Philox"}
+TORCH_SEEDS = {"manual_seed", "seed", "set_rng_state", "manual_seed_all", "seed_all"}
+TORCH_DRAWS = {"rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "poisson"}
+TENSOR_DRAWS = {"uniform_", "normal_", "random_", "bernoulli_", "exponential_", "multinomial", "bernoulli"}
+
+
+def dotted(node: ast.expr) -> str:
+    """ "np.random.rand" of that expression; "?" stands for anything that is no plain name."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else "?"
+
+
+def draws_globally(call: ast.Call) -> bool:
+    name = dotted(call.func)
+    head, _, last = name.rpartition(".")
+    own = any(keyword.arg == "generator" for keyword in call.keywords)
+    if head in ("np.random", "numpy.random"):
+        return last not in NUMPY_ALLOWED
+    if head == "random":
+        return last != "Random"
+    if name == "torch.default_generator.manual_seed" or head in ("torch", "torch.random", "torch.cuda"):
+        return last in TORCH_SEEDS or (last in TORCH_DRAWS | {f"{draw}_like" for draw in TORCH_DRAWS} and not own)
+    return last in TENSOR_DRAWS and not own and bool(head)
+
+
+def global_draws(node: ast.AST) -> Iterator[int]:
+    """Lines that draw from or seed a global generator, outside `with torch.random.fork_rng(…)`."""
+    if isinstance(node, ast.With) and any(
+        isinstance(item.context_expr, ast.Call) and dotted(item.context_expr.func) == "torch.random.fork_rng"
+        for item in node.items
+    ):
+        return
+    if isinstance(node, ast.ImportFrom) and node.module in ("random", "numpy.random"):
+        names = {alias.name for alias in node.names}
+        if names - NUMPY_ALLOWED - {"Random"}:
+            yield node.lineno
+    if isinstance(node, ast.Call) and draws_globally(node):
+        yield node.lineno
+    for child in ast.iter_child_nodes(node):
+        yield from global_draws(child)
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module.startswith("acodm_env/")])
+def test_nothing_draws_from_a_global_generator(module: str) -> None:
+    lines = list(global_draws(parsed(module)))
+    assert not lines, f"{module} uses a global random generator in lines {lines}"
+
+
+@pytest.mark.parametrize(
+    ("code", "caught"),
+    [
+        ("np.random.seed(0)", True),
+        ("x = np.random.rand(3)", True),
+        ("random.shuffle(x)", True),
+        ("from random import shuffle", True),
+        ("torch.manual_seed(0)", True),
+        ("torch.default_generator.manual_seed(0)", True),
+        ("torch.rand(3)", True),
+        ("torch.randn_like(x)", True),
+        ("x.weight.normal_()", True),
+        ("torch.rand(3, generator=g)", False),
+        ("x.normal_(generator=g)", False),
+        ("rng = np.random.default_rng(0); rng.random(); rng.normal()", False),
+        ("g = torch.Generator().manual_seed(0)", False),
+        ("with torch.random.fork_rng(devices=[]):\n    torch.manual_seed(0)", False),
+    ],
+)
+def test_the_search_for_global_draws_finds_them(code: str, caught: bool) -> None:
+    assert bool(list(global_draws(ast.parse(code)))) == caught
