@@ -186,6 +186,10 @@ class Mixer:
     def update(self, stats: StepStats) -> None:
         """Learn from the step just done."""
 
+    def diagnostics(self) -> dict[str, float]:
+        """Named numbers worth a place in the run's log, such as a bandit's share of exploration."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that `update` changed."""
         return {}

@@ -57,6 +57,7 @@ def mixer_result(run: RunFolder, reference: RunFolder | None) -> dict[str, Any]:
         "steps_to_reference_ratio": ratio,
         "seconds_per_step": float(np.median([record["seconds"] for record in records])),
         "diverged": bool(records[-1]["diverged"]),
+        "final_exploration": records[-1].get("exploration"),
     }
 
 

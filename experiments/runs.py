@@ -144,7 +144,7 @@ def run_mixer(
     if trainer.stats_step == 0:
         _log_evaluation(folder, trainer, 0)
     for stats, seconds in _timed(drive(trainer, mixer, horizon - trainer.stats_step)):
-        folder.append("stats.jsonl", _stats_record(stats, seconds))
+        folder.append("stats.jsonl", _stats_record(stats, seconds) | mixer.diagnostics())
         if stats.step % evaluate_every == 0 or stats.step == horizon or stats.diverged:
             _log_evaluation(folder, trainer, stats.step)
         if stats.step % save_every == 0 and stats.step < horizon:

@@ -61,6 +61,10 @@ class _Bandit(Mixer):
         """K·ε: the share of the mixture that the rule spreads evenly at the current step."""
         raise NotImplementedError
 
+    def diagnostics(self) -> dict[str, float]:
+        """The share of exploration, for the run's log."""
+        return {"exploration": self.exploration()}
+
     def _credit(self, observed: NDArray[np.bool_], losses: Array, drawn_with: Array) -> None:
         raise NotImplementedError
 
