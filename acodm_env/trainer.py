@@ -145,7 +145,7 @@ class Trainer(Protocol):
     """What it does measure: set by whoever drives it to what somebody needs."""
 
     @property
-    def stats_step(self) -> int:
+    def steps_done(self) -> int:
         """Optimiser steps done since `reset`."""
 
     def reset(self, rng: np.random.Generator) -> None:
@@ -255,9 +255,9 @@ class Lagged:
         self.inner.measure = value
 
     @property
-    def stats_step(self) -> int:
+    def steps_done(self) -> int:
         """Optimiser steps done."""
-        return self.inner.stats_step
+        return self.inner.steps_done
 
     def reset(self, rng: np.random.Generator) -> None:
         """Start a new run; the loader is full of uniformly mixed batches."""

@@ -140,10 +140,10 @@ def run_mixer(
         state = read_state(checkpoint)
         trainer.load_state_dict(state["trainer"])
         mixer.load_state_dict(state["mixer"])
-    folder.rewind(trainer.stats_step)
-    if trainer.stats_step == 0:
+    folder.rewind(trainer.steps_done)
+    if trainer.steps_done == 0:
         _log_evaluation(folder, trainer, 0)
-    for stats, seconds in _timed(drive(trainer, mixer, horizon - trainer.stats_step)):
+    for stats, seconds in _timed(drive(trainer, mixer, horizon - trainer.steps_done)):
         folder.append("stats.jsonl", _stats_record(stats, seconds) | mixer.diagnostics())
         if stats.step % evaluate_every == 0 or stats.step == horizon or stats.diverged:
             _log_evaluation(folder, trainer, stats.step)

@@ -45,25 +45,25 @@ class ToyTrainer:
             num_layers=3,
             initial_layer_norms=(0.1, 0.1, 0.1),
         )
-        self.stats_step = 0
+        self.steps_done = 0
 
     def reset(self, rng: np.random.Generator) -> None:
         self.offset = float(rng.uniform(0, 0.01))
         self.gradients = rng.normal(size=(self.info.num_domains, 4))
         self.objective = 5.0
         self.drawn = np.zeros(self.info.num_domains)
-        self.stats_step = 0
+        self.steps_done = 0
 
     def step(self, weights: Array, loss_weights: Array | None = None) -> StepStats:
-        self.stats_step += 1
+        self.steps_done += 1
         counts = np.asarray(weights) * 10
         self.drawn = self.drawn + counts
         self.objective -= 0.1 * (1 - float(((weights - self.best) ** 2).sum()))
-        diverged = self.stats_step == self.diverge_at
+        diverged = self.steps_done == self.diverge_at
         losses = np.arange(1.0, 1 + self.info.num_domains) + self.offset
         return StepStats(
-            step=self.stats_step,
-            tokens=self.stats_step * 50,
+            step=self.steps_done,
+            tokens=self.steps_done * 50,
             requested=np.asarray(weights),
             realised=counts / 10,
             counts=counts,
@@ -85,13 +85,13 @@ class ToyTrainer:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "step": self.stats_step,
+            "step": self.steps_done,
             "objective": self.objective,
             "drawn": self.drawn,
             "offset": self.offset,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.stats_step = int(state["step"])
+        self.steps_done = int(state["step"])
         self.objective, self.offset = float(state["objective"]), float(state["offset"])
         self.drawn = np.asarray(state["drawn"])

@@ -62,7 +62,7 @@ class LMTrainer:
             num_layers=len(OBSERVED_DEPTHS),
         )
         self._heldout: dict[str, Batch] = {}
-        self.stats_step = 0
+        self.steps_done = 0
 
     def reset(self, rng: np.random.Generator) -> None:
         """Fresh model, optimiser and data order, from two seeds drawn from `rng`."""
@@ -88,7 +88,7 @@ class LMTrainer:
         self.info = replace(
             self.info, seed=data_seed, initial_layer_norms=tuple(_rms(layer) for layer in self._snapshot)
         )
-        self.stats_step = 0
+        self.steps_done = 0
 
     def step(self, weights: Array, loss_weights: Array | None = None) -> StepStats:
         """One optimiser step.
@@ -149,19 +149,19 @@ class LMTrainer:
         """Clip, update unless the step diverged, and report."""
         grad_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm))
         diverged = not (math.isfinite(float(loss)) and math.isfinite(grad_norm))
-        lr = self.config.lr_at(self.stats_step)
+        lr = self.config.lr_at(self.steps_done)
         if not diverged:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
-        self.stats_step += 1
+        self.steps_done += 1
         norms, changes = self._layers()
         num_domains, num_predicted = len(batch.counts), batch.tokens.shape[1] - 1
         sums = np.bincount(batch.domains, row_losses.double().cpu().numpy(), minlength=num_domains)  # (K,)
         loss_tokens = batch.counts.astype(np.float64) * num_predicted  # (K,)
         return StepStats(
-            step=self.stats_step,
-            tokens=self.stats_step * batch.tokens.size,
+            step=self.steps_done,
+            tokens=self.steps_done * batch.tokens.size,
             requested=np.asarray(weights, dtype=np.float64),
             counts=batch.counts.astype(np.float64),
             realised=batch.counts / batch.counts.sum(),
@@ -199,7 +199,7 @@ class LMTrainer:
 
     def _layers(self) -> tuple[Array | None, Array | None]:
         """RMS of the observed layers and their relative change since the last decision, at decisions only."""
-        if "layers" not in self.measure or self.stats_step % self.config.decision_every:
+        if "layers" not in self.measure or self.steps_done % self.config.decision_every:
             return None, None
         norms = np.array([_rms(layer) for layer in self._observed])
         changes = np.array([_rms(now - old) for now, old in zip(self._observed, self._snapshot, strict=True)])
@@ -228,7 +228,7 @@ class LMTrainer:
     def state_dict(self) -> dict[str, Any]:
         """Model, optimiser, sampler and the last decision's layers, as numpy arrays and JSON values."""
         return {
-            "step": self.stats_step,
+            "step": self.steps_done,
             "seed": self.info.seed,
             "initial_layer_norms": list(self.info.initial_layer_norms),
             "model": to_numpy(self.bare_model.state_dict()),
@@ -239,7 +239,7 @@ class LMTrainer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on exactly from `state_dict`'s value; call after a `reset` with any generator."""
-        self.stats_step = int(state["step"])
+        self.steps_done = int(state["step"])
         self.bare_model.load_state_dict(to_torch(state["model"]))
         self.optimizer.load_state_dict(int_keys(to_torch(state["optimizer"])))
         self.sampler.load_state_dict(state["sampler"])

@@ -60,32 +60,32 @@ class Recorder:
         self.diverge_at = diverge_at
         self.asked = []
         self.evaluated = []
-        self.stats_step = 0
+        self.steps_done = 0
 
     def reset(self, rng):
-        self.asked, self.evaluated, self.stats_step = [], [], 0
+        self.asked, self.evaluated, self.steps_done = [], [], 0
 
     def step(self, weights, loss_weights=None):
-        self.stats_step += 1
+        self.steps_done += 1
         self.asked.append((np.array(weights).tolist(), loss_weights))
         return window(
             [2, 2],
             [14, 14],
-            [self.stats_step] * 2,
-            step=self.stats_step,
+            [self.steps_done] * 2,
+            step=self.steps_done,
             requested=np.array(weights),
-            diverged=self.stats_step == self.diverge_at,
+            diverged=self.steps_done == self.diverge_at,
         )
 
     def evaluate(self, split):
-        self.evaluated.append((self.stats_step, split))
-        return np.full(3, float(self.stats_step))
+        self.evaluated.append((self.steps_done, split))
+        return np.full(3, float(self.steps_done))
 
     def state_dict(self):
-        return {"step": self.stats_step}
+        return {"step": self.steps_done}
 
     def load_state_dict(self, state):
-        self.stats_step = state["step"]
+        self.steps_done = state["step"]
 
 
 class Counter(Mixer):
@@ -262,7 +262,7 @@ def test_lagged_measures_and_evaluates_through_the_inner_trainer():
     assert lagged.provides == trainer.provides
     lagged.reset(np.random.default_rng(0))
     lagged.step(np.array([0.5, 0.5]))
-    assert lagged.stats_step == 1
+    assert lagged.steps_done == 1
     assert lagged.evaluate("test").tolist() == [1.0, 1.0, 1.0]
 
 

@@ -118,15 +118,15 @@ def test_replay_stays_finite_when_the_language_model_diverges(tmp_path):
     assert all(torch.isfinite(p).all() for p in weights_of(run.agent).values())
 
 
-def test_td3_finds_the_known_best_mixture(tmp_path):
-    """Rewards z-scored over domains leave no signal (the released code); here the best mixture must be found."""
+def distance_after_learning(folder, **options):
+    """Largest error of the mean mixture of a TD3 policy learned on the toy, and its last saturation."""
     best = (0.6, 0.3, 0.1)
-    recipe = AgentRecipe(learning_rate=1e-3, hidden=(32, 32), learning_starts=100, gradient_steps=1, gamma=0.5)
+    recipe = AgentRecipe(hidden=(32, 32), learning_starts=100, gradient_steps=1, gamma=0.5, **options)
     run = Learner(
         lambda: toy_env(best, horizon=20, fields=["progress", "sample_share"]),
         Learning(episodes=75, evaluate_every=0),
         recipe,
-        tmp_path,
+        folder,
     )
     run.learn()
     policy = run.policy({})
@@ -136,6 +136,20 @@ def test_td3_finds_the_known_best_mixture(tmp_path):
     for _ in range(20):
         observation, *_, info = env.step(policy.act(observation))
         mixtures.append(info["weights"])
-    error = np.abs(np.mean(mixtures, axis=0) - best).max()
-    start = np.abs(np.full(3, 1 / 3) - best).max()
+    return float(np.abs(np.mean(mixtures, axis=0) - best).max()), run.rows[-1]["saturation"]
+
+
+def test_td3_finds_the_known_best_mixture(tmp_path):
+    """Rewards z-scored over domains leave no signal (the released code); here the best mixture must be found."""
+    error, _ = distance_after_learning(tmp_path)
+    start = np.abs(np.full(3, 1 / 3) - (0.6, 0.3, 0.1)).max()
     assert error < 0.08 < start
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strength", [0.0, 0.02, 0.05, 0.1, 0.2])
+def test_logit_penalty_keeps_td3_out_of_the_corners(strength, tmp_path):
+    """Prints the table of the lab log: `pytest -m slow -s -k logit_penalty tests/agents/test_sb3.py`."""
+    error, saturation = distance_after_learning(tmp_path, logit_penalty=strength)
+    print(f"penalty {strength:.2f}: error {error:.3f}, saturated {saturation:.0%}")  # noqa: T201
+    assert (error < 0.15) == (strength > 0)
