@@ -12,10 +12,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from acodm_env.corpus.hub import looks_local, require_hub
 from acodm_env.corpus.pocket import Dropped, pocket_documents
 from acodm_env.corpus.records import JSON_LINES, check_whole, describe_failure
 from acodm_env.errors import DataError
+from acodm_env.hub import looks_local, require_hub
 
 READERS = {**dict.fromkeys(JSON_LINES, "json"), ".parquet": "parquet", ".arrow": "arrow"}
 """Accepted endings, and the builder of `datasets` that reads them."""

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from acodm_env.corpus.hub import looks_local, require_hub
 from acodm_env.corpus.sources import Document
 from acodm_env.errors import ConfigError, DataError
+from acodm_env.hub import looks_local, require_hub
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from acodm_env.errors import ConfigError, unknown
+from acodm_env.hub import require_hub
 
 PRESETS: dict[str, tuple[int, int, int, int]] = {
     "tiny": (2, 64, 4, 256),
@@ -102,6 +103,8 @@ def _read_config(name: str) -> Any:
         unknown("model", name, PRESETS)
     if is_path and not Path(name).exists():
         raise ConfigError(f"model={name}: no such file; give a preset ({', '.join(PRESETS)}) or a config.json")
+    if not is_path and not _is_cached(name):
+        require_hub("model", name, f"take a preset ({', '.join(PRESETS)}) or give the path of its config.json")
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
@@ -110,6 +113,13 @@ def _read_config(name: str) -> Any:
             f"model={name}: must be a readable configuration ({first_line}); without network, take a preset "
             f"({', '.join(PRESETS)}), or download the model's config.json elsewhere and give its path"
         ) from error
+
+
+def _is_cached(name: str) -> bool:
+    """Whether the hub's local cache holds the model's configuration."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(name, "config.json"), str)
 
 
 def _fit(config: Any, vocab_size: int, sequence_length: int) -> None:

@@ -172,6 +172,15 @@ def test_bad_input_is_one_line_and_exit_code_two(arguments, message, tiny_corpus
     assert not (tmp_path / "out" / "stats.jsonl").exists()
 
 
+def test_overhead_writes_the_stable_names(tmp_path):
+    sizes = ["--rounds", "1", "--batch_size", "8", "--sequence_length", "16", "--num_domains", "2", "--quiet"]
+    assert acodm("overhead", *sizes, "--out", tmp_path) == 0
+    result = json.loads((tmp_path / "overhead.json").read_text())
+    names = ("probed_over_plain", "k_backward_over_plain", "decision_over_plain", "sampling_over_plain", "a_over_a")
+    assert all(result[name] > 0 for name in names)
+    assert (result["num_domains"], result["rounds"]) == (2, 1)
+
+
 def test_doctor_names_a_foreign_package_called_agents(tmp_path, monkeypatch, capsys):
     foreign = tmp_path / "agents"
     foreign.mkdir()

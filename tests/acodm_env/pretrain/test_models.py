@@ -2,14 +2,13 @@
 
 import random
 
-import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from transformers import GPT2Config, LlamaConfig, MptConfig, OPTConfig
 
-from acodm_env.errors import ConfigError
+from acodm_env.errors import ConfigError, DataError
 from acodm_env.pretrain.models import PRESETS, build_model, mlp_outputs, model_config, observed_layers, probed_layers
 
 KINDS = {
@@ -152,6 +151,6 @@ def test_bad_names_say_what_to_do(tmp_path, monkeypatch):
     broken.write_text('{"model_type": "vit"}')
     with pytest.raises(ConfigError, match="must be a causal language model's configuration"):
         build_model(str(broken), 64, 16, seed=0)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ConfigError, match="without network, take a preset"):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(DataError, match="HF_HUB_OFFLINE is set; take a preset"):
         build_model("nobody/no-such-model", 64, 16, seed=0)
