@@ -133,7 +133,7 @@ class MixtureEnv(gym.Env[Observation, NDArray[np.float32]]):
         observation = self.observer.observe(window)
         self._history.append(replace(window, gradients=None))
         outcome = Outcome(
-            weights=self._weights,
+            weights=window.requested,  # under a lag not what was decided just now
             observer=self.observer,
             objective_before=before,
             objective=self._objective,

@@ -262,6 +262,7 @@ class Lagged:
     def reset(self, rng: np.random.Generator) -> None:
         """Start a new run; the loader is full of uniformly mixed batches."""
         self.inner.reset(rng)
+        self.info = replace(self.inner.info, lag=self.lag)  # a reset may add to it
         num_domains = self.info.num_domains
         self._queue = deque(np.full(num_domains, 1 / num_domains) for _ in range(self.lag))
 
@@ -282,4 +283,5 @@ class Lagged:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`'s value."""
         self.inner.load_state_dict(state["inner"])
+        self.info = replace(self.inner.info, lag=self.lag)
         self._queue = deque(np.asarray(weights, dtype=np.float64) for weights in state["queue"])

@@ -94,6 +94,13 @@ def test_subprocesses(options):
         venv.close()
 
 
+def test_lag_hides_nothing_that_a_reset_adds(options):
+    plain, lagged = (gym.make(ID, **options, lag=lag, fields=["layer_norm"]) for lag in (0, 2))
+    first, second = plain.reset(seed=0)[0], lagged.reset(seed=0)[0]
+    np.testing.assert_array_equal(first, second)
+    assert (first > 0).all()
+
+
 def test_progress_reward_lag_and_named_fields(options):
     env = gym.make(ID, **options, reward={"progress": 1.0, "final": 0.5}, lag=1, fields=["loss", "pending"])
     env.reset(seed=0)
