@@ -95,6 +95,7 @@ class MixtureEnv(gym.Env[Observation, NDArray[np.float32]]):
         self._objective_weights = objective_weights(self.reward_config.objective, trainer.info)
         self.bounds.project(self.action_map.weights(np.zeros(trainer.info.num_domains)))  # refuse early
         require(trainer, self.observer.needs | self.reward_config.needs, "env: fields and reward")
+        _check_samples(trainer, self.observer.needs | self.reward_config.needs)
         self._uniform_curve: dict[int, float] | None = None
         self._history: list[StepStats] = []
         self._episode_rng: dict[str, Any] | None = None
@@ -283,6 +284,17 @@ class ProxyPretrainEnv(MixtureEnv, EzPickle):
             action=from_dict(ActionMap, action or {}, "action"),
             bounds=from_dict(Bounds, bounds or {}, "bounds"),
             render_mode=render_mode,
+        )
+
+
+def _check_samples(trainer: Trainer, needs: frozenset[str]) -> None:
+    """The unbiased Gram matrix takes two sequences per domain and decision; below that the reward would stay 0."""
+    info = trainer.info
+    if "gram" in needs and info.batch_size * info.decision_every < 2 * info.num_domains:
+        raise ConfigError(
+            f"batch_size={info.batch_size}: must be at least {-(-2 * info.num_domains // info.decision_every)} for "
+            f"{info.num_domains} domains and {info.decision_every} steps per action, so that every domain has two "
+            f"sequences per decision to estimate its gradient from; raise batch_size or steps_per_action"
         )
 
 

@@ -87,8 +87,10 @@ class InteractionTracker:
         if not len(known):
             return
         # The unbiased trace can be negative by noise; the (noisy) norm bounds it away from zero.
-        floor = 1e-2 * float(np.nanmean(np.where(np.isfinite(noise), diagonal + noise, np.nan)))
-        trace = max(float(known.mean()), floor, 1e-30)
+        noisy = (diagonal + noise)[np.isfinite(noise) & np.isfinite(diagonal)]
+        trace = max(float(known.mean()), 1e-2 * float(noisy.mean()) if len(noisy) else 0.0)
+        if trace <= 0:
+            return
         keep = self.config.scale_smoothing if self._updates else 0.0
         self._scale = keep * self._scale + (1 - keep) * trace
         self._updates += 1

@@ -61,7 +61,7 @@ class Learner:
         self.decisions = decisions_per_episode(self.venv)
         self.rows: list[Row] = []
         self.seconds = 0.0
-        self.best_objective = float("inf")
+        self.best_objective: float | None = None
 
     def checkpoint(self, name: str) -> Path:
         """Folder of the checkpoint "initial", "last" or "best"."""
@@ -76,7 +76,7 @@ class Learner:
         """Go on from checkpoint `name`."""
         extra = load_checkpoint(self.checkpoint(name), self.agent, self.venv, resume=resume)
         self.rows, self.seconds = extra["rows"], float(extra["seconds"])
-        self.best_objective = float(extra["best_objective"])
+        self.best_objective = extra["best_objective"]
 
     def load_networks(self, name: str) -> None:
         """Take the networks of checkpoint `name` and nothing else of it."""
@@ -86,16 +86,22 @@ class Learner:
         """Learn until the budget of episodes is spent, resuming from the last checkpoint if there is one."""
         if (self.checkpoint("last") / "manifest.json").exists():
             self.load("last")
-        remaining = self.learning.episodes * self.decisions - self.agent.num_timesteps
-        if remaining <= 0:
+        if len(self.rows) >= self.learning.episodes:
             return
         self.agent.set_logger(_logger(self.folder / "logs", self.agent.num_timesteps))
+        budget = self.learning.episodes * self.decisions - self.agent.num_timesteps  # fewer, if an episode diverges
         fresh = self.agent.num_timesteps == 0
         callback = _Episodes(self, on_decision)
         try:
-            self.agent.learn(remaining, callback=callback, reset_num_timesteps=fresh, log_interval=1)
+            self.agent.learn(budget, callback=callback, reset_num_timesteps=fresh, log_interval=None)  # type: ignore[arg-type]
         finally:
             self.agent.logger.close()
+        self.load("last", resume=False)  # what was done beyond the last whole episode does not count
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the proxy so far, evaluations included."""
+        return int(sum(row["steps"] + row.get("eval_steps", 0) for row in self.rows))
 
     def policy(self, provenance: Mapping[str, Any]) -> Policy:
         """The agent as it is now, in exported form."""
@@ -111,8 +117,8 @@ class Learner:
         while not done:
             observation, reward, terminated, truncated, info = env.step(policy.act(observation))
             total, done = total + reward, terminated or truncated
-        diverged = bool(info["diverged"])
-        return {"eval_return": total, "eval_objective": float("inf") if diverged else info["objective"]}
+        objective = None if info["diverged"] else info["objective"]
+        return {"eval_return": total, "eval_objective": objective, "eval_steps": int(info["step"])}
 
 
 class _Episodes(BaseCallback):
@@ -122,11 +128,9 @@ class _Episodes(BaseCallback):
         super().__init__()
         self.learner = learner
         self.on_decision = on_decision
-        self._between_episodes = False
-        self._begin()
-
-    def _begin(self) -> None:
         self._seen: list[Row] = []
+        self._ended: list[Row] = []  # episodes that ended since the last checkpoint
+        self._between_episodes = False
         self._started = time.perf_counter()
 
     def _on_training_start(self) -> None:
@@ -139,46 +143,59 @@ class _Episodes(BaseCallback):
             "reward": float(self.learner.venv.get_original_reward()[0]),
             "saturation": float(np.mean(np.abs(action) > SATURATED)),
             "clipped": info["clipped_frac"],
-            "objective": info["objective"],
-            "diverged": info["diverged"],
         }
         self._seen.append(row)
         self._between_episodes = bool(self.locals["dones"][0])
+        if self._between_episodes:
+            self._ended.append(self._summary(info))
+            self._seen = []
         self.on_decision(row)
-        return True
+        return len(self.learner.rows) < self.learner.learning.episodes
 
-    def _on_rollout_start(self) -> None:
-        if self._between_episodes:
-            self._end_episode()
-
-    def _on_training_end(self) -> None:
-        if self._between_episodes:
-            self._end_episode()
-
-    def _end_episode(self) -> None:
-        self._between_episodes = False
-        learner = self.learner
-        row: Row = {
-            "episode": len(learner.rows) + 1,
-            "decisions": learner.agent.num_timesteps,
+    def _summary(self, info: Row) -> Row:
+        return {
+            "episode": len(self.learner.rows) + len(self._ended) + 1,
+            "decisions": self.learner.agent.num_timesteps,
             "return": sum(seen["reward"] for seen in self._seen),
-            "objective": self._seen[-1]["objective"],
+            "objective": None if info["diverged"] else info["objective"],
             "saturation": float(np.mean([seen["saturation"] for seen in self._seen])),
             "clipped": float(np.mean([seen["clipped"] for seen in self._seen])),
-            "diverged": self._seen[-1]["diverged"],
+            "diverged": info["diverged"],
+            "steps": int(info["step"]),
         }
+
+    def _on_rollout_start(self) -> None:
+        if self._ended:
+            if not self._between_episodes:
+                self._start_episode()
+            self._end_episodes()
+
+    def _on_training_end(self) -> None:
+        if self._ended:
+            self._end_episodes()
+
+    def _start_episode(self) -> None:
+        """A rollout (PPO, A2C) ended inside an episode, after a divergence: only a whole episode can be saved."""
+        agent = self.learner.agent
+        agent._last_obs = self.learner.venv.reset()
+        agent._last_episode_starts = np.ones(1, dtype=bool)
+        self._seen = []
+
+    def _end_episodes(self) -> None:
+        learner, rows = self.learner, self._ended
         better = False
-        if self._evaluation_due(row["episode"]):
-            row |= learner.evaluate()
-            better = row["eval_objective"] < learner.best_objective
-            learner.best_objective = min(learner.best_objective, row["eval_objective"])
-        self._log(row)
+        if any(self._evaluation_due(row["episode"]) for row in rows):
+            rows[-1] |= learner.evaluate()
+            better = _better(rows[-1]["eval_objective"], learner.best_objective)
+            learner.best_objective = rows[-1]["eval_objective"] if better else learner.best_objective
+        learner.rows += rows
         learner.seconds += time.perf_counter() - self._started
-        learner.rows.append(row)
-        learner.save("last")
+        self._started, self._ended = time.perf_counter(), []
+        for row in rows:
+            self._log(row)
         if better or not learner.checkpoint("best").exists():
             learner.save("best")
-        self._begin()
+        learner.save("last")  # after "best": an interruption between the two repeats both
 
     def _evaluation_due(self, episode: int) -> bool:
         every = self.learner.learning.evaluate_every
@@ -194,8 +211,13 @@ class _Episodes(BaseCallback):
             "eval_objective": "proxy/eval_objective_nats",
         }
         for key, name in names.items():
-            if key in row:
+            if row.get(key) is not None:
                 self.logger.record(name, row[key])
+        self.model.dump_logs()
+
+
+def _better(objective: float | None, best: float | None) -> bool:
+    return objective is not None and (best is None or objective < best)
 
 
 def _logger(folder: Path, num_timesteps: int) -> Logger:

@@ -49,8 +49,6 @@ class AgentRecipe:
     """Rate of the target networks (paper: 0.001)."""
     action_noise: float = 0.2
     """Standard deviation of the exploration noise (TD3, DDPG)."""
-    rollout_decisions: int | None = None
-    """Decisions per update (PPO, A2C); None is one episode."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.gamma <= 1:
@@ -111,6 +109,8 @@ def _off_policy(recipe: AgentRecipe) -> dict[str, Any]:
         "batch_size": recipe.batch_size,
         "tau": recipe.tau,
         "train_freq": 1,
+        # The horizon is the end of the run, and `progress` is in the state: nothing follows it to bootstrap from.
+        "replay_buffer_kwargs": {"handle_timeout_termination": False},
         "gradient_steps": recipe.gradient_steps,
     }
 
@@ -124,27 +124,24 @@ def _largest_divisor(number: int, at_most: int) -> int:
     return max(size for size in range(1, min(number, at_most) + 1) if number % size == 0)
 
 
-def _on_policy(recipe: AgentRecipe, decisions: int) -> dict[str, Any]:
-    return {"n_steps": recipe.rollout_decisions or decisions}
-
-
 ALGORITHMS: dict[str, tuple[type[BaseAlgorithm], Callable[[AgentRecipe, int, int], dict[str, Any]]]] = {
     "td3": (TD3, lambda recipe, num_domains, decisions: _deterministic(recipe, num_domains)),
     "ddpg": (DDPG, lambda recipe, num_domains, decisions: _deterministic(recipe, num_domains)),
     "sac": (SAC, lambda recipe, num_domains, decisions: _off_policy(recipe)),
     "ppo": (
         PPO,
-        lambda recipe, num_domains, decisions: (
-            _on_policy(recipe, decisions)
-            | {"batch_size": _largest_divisor(recipe.rollout_decisions or decisions, recipe.batch_size)}
-        ),
+        lambda recipe, num_domains, decisions: {
+            "n_steps": decisions,
+            "batch_size": _largest_divisor(decisions, recipe.batch_size),
+        },
     ),
     "a2c": (
         A2C,
-        lambda recipe, num_domains, decisions: _on_policy(recipe, decisions) | {"use_rms_prop": False},
+        lambda recipe, num_domains, decisions: {"n_steps": decisions, "use_rms_prop": False},
     ),
 }
-"""Algorithm by name, and its keyword arguments from (recipe, K, decisions per episode)."""
+"""Algorithm by name, and its keyword arguments from (recipe, K, decisions per episode); PPO and A2C update once an
+episode, and bootstrap beyond the horizon, which SB3 does not let one switch off."""
 
 
 def vectorise(env: MixtureEnv | gym.Env[Any, Any], gamma: float) -> VecNormalize:

@@ -51,8 +51,8 @@ def run(config: ExportConfig) -> None:
 def export_from(learner: "Learner", train: TrainConfig, which: str, out: Path) -> float:
     """Write the policy folder of a checkpoint and return the largest difference from the agent.
 
-    "untrained" takes the actor of the initial checkpoint with the observation statistics of the last one, so that
-    the two policies differ in nothing but the actor's learning.
+    "untrained" takes the actor of the initial checkpoint with the observation statistics of the best one, so that
+    it differs from the exported policy in nothing but the actor's learning.
 
     Raises:
         DataError: the run has not got that far, or `out` holds something that is no policy.
@@ -63,7 +63,7 @@ def export_from(learner: "Learner", train: TrainConfig, which: str, out: Path) -
         raise DataError(f"out={out}: already holds other files; choose another folder")
     if not learner.checkpoint("best").exists():
         raise DataError(f"run={learner.folder}: has no finished episode yet; go on with `acodm train` first")
-    learner.load("best" if which == "best" else "last", resume=False)
+    learner.load("last" if which == "last" else "best", resume=False)
     provenance = _provenance(learner, train, which)
     if which == "untrained":
         learner.load_networks("initial")
@@ -72,13 +72,12 @@ def export_from(learner: "Learner", train: TrainConfig, which: str, out: Path) -
 
 def _provenance(learner: "Learner", train: TrainConfig, which: str) -> dict[str, Any]:
     info = learner.env.trainer.info
-    decisions = learner.agent.num_timesteps
     provenance = {
         "checkpoint": which,
         "config": settings_of(train),
-        "corpus_fingerprint": learner.env.trainer.store.fingerprint,  # type: ignore[attr-defined]
-        "learning_transitions": decisions,
-        "learning_tokens": decisions * info.decision_every * info.batch_size * info.sequence_length,
+        "corpus_fingerprint": info.corpus_fingerprint,
+        "learning_transitions": learner.agent.num_timesteps,
+        "learning_tokens": learner.steps * info.batch_size * info.sequence_length,
         "learning_seconds": learner.seconds,
         "versions": versions(),
         "git_commit": git_commit(),

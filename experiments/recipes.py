@@ -21,8 +21,17 @@ def demo_train(corpus: str, out: str, seed: int) -> TrainConfig:
 
 
 def demo_target(corpus: str, out: str, seed: int) -> TransferConfig:
-    """The demo's target: eight times the proxy's non-embedding parameters, twice its batch, a longer run."""
-    return TransferConfig(mixer="uniform", corpus=corpus, target="small", steps=300, batch_size=16, out=out, seed=seed)
+    """The demo's target: eight times the proxy's non-embedding parameters, and a longer run."""
+    return TransferConfig(
+        mixer="uniform",
+        corpus=corpus,
+        target="small",
+        steps=250,
+        batch_size=16,
+        evaluations=50,
+        out=out,
+        seed=seed,
+    )
 
 
 def smoke_train(corpus: str, out: str, seed: int) -> TrainConfig:

@@ -43,13 +43,15 @@ def mixer_result(run: RunFolder, reference: RunFolder | None) -> dict[str, Any]:
     steps, losses = curve(run)
     records = run.lines("stats.jsonl")
     targets = run.lines("eval.jsonl")[-1]["targets"]
+    if records[-1]["diverged"]:  # an earlier, finite evaluation is not what this run leads to
+        losses[-1] = np.nan
     ratio = None
     if reference is not None:
         ref_steps, ref_losses = curve(reference)
         ref_perplexity = mean_perplexity(ref_losses)
         best = int(np.nanargmin(ref_perplexity))
         crossing = first_crossing(steps, mean_perplexity(losses), float(ref_perplexity[best]))
-        ratio = None if crossing is None else crossing / float(ref_steps[best])
+        ratio = None if crossing is None or best == 0 else crossing / float(ref_steps[best])
     return {
         "mean_loss_nats": _finite(losses[-1].mean()),
         "mean_perplexity": _finite(mean_perplexity(losses[-1])),
@@ -111,7 +113,7 @@ def verdicts(results: Mapping[str, Mapping[str, Any]], policy: str = "policy") -
             lines.append(f"{policy} against {name}: one of them diverged.")
             continue
         mean, error = difference
-        if abs(mean) < 2 * error:
+        if abs(mean) <= 2 * error:
             word = "cannot be told apart from"
         else:
             word = "beats" if mean < 0 else "LOSES to"

@@ -65,9 +65,9 @@ class TrainConfig:
     """No progress bar."""
 
     def __post_init__(self) -> None:
-        for name in ("episodes", "episode_steps", "steps_per_action"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
+        for name, least in (("episodes", 1), ("episode_steps", 1), ("steps_per_action", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name}={getattr(self, name)}: must be at least {least}")
 
     def env_kwargs(self) -> dict[str, Any]:
         """Keyword arguments of `gym.make("acodm/ProxyPretrain-v0")`."""
@@ -147,13 +147,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
         learner.learn(on_decision)
     info = learner.env.trainer.info
-    steps = learner.agent.num_timesteps * info.decision_every
     result = {
         "algo": config.algo,
         "episodes": len(learner.rows),
         "transitions": learner.agent.num_timesteps,
-        "optimiser_steps": steps,
-        "tokens": steps * info.batch_size * info.sequence_length,
+        "optimiser_steps": learner.steps,
+        "tokens": learner.steps * info.batch_size * info.sequence_length,
         "seconds": learner.seconds,
         "best_objective_nats": learner.best_objective,
         "rows": learner.rows,
@@ -164,13 +163,17 @@ def train(config: TrainConfig) -> dict[str, Any]:
     return result
 
 
+def _nats(objective: float | None) -> str:
+    return "  diverged" if objective is None else f"{objective:10.4f}"
+
+
 def episode_table(rows: list[dict[str, Any]], last: int = 10) -> str:
     """The last episodes: return, objective, saturation and clipping."""
     lines = ["episode    return  objective  saturated  clipped  evaluated"]
     for row in rows[-last:]:
-        evaluated = f"{row['eval_objective']:9.4f}" if "eval_objective" in row else ""
+        evaluated = _nats(row["eval_objective"]) if "eval_objective" in row else ""
         lines.append(
-            f"{row['episode']:7d} {row['return']:9.3f} {row['objective']:10.4f} {row['saturation']:10.1%} "
-            f"{row['clipped']:8.1%}  {evaluated}"
+            f"{row['episode']:7d} {row['return']:9.3f} {_nats(row['objective'])} {row['saturation']:10.1%} "
+            f"{row['clipped']:8.1%} {evaluated}"
         )
     return "\n".join(lines)

@@ -37,7 +37,7 @@ class ToyTrainer:
             domains=names,
             targets=names,
             sizes_tokens=(1000,) * num_domains,
-            batch_size=10,
+            batch_size=64,
             sequence_length=5,
             horizon=horizon,
             decision_every=decision_every,

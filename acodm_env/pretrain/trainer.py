@@ -60,6 +60,7 @@ class LMTrainer:
             decision_every=config.decision_every,
             initial_loss_nats=math.log(store.vocab_size),
             num_layers=len(OBSERVED_DEPTHS),
+            corpus_fingerprint=store.fingerprint,
         )
         self._heldout: dict[str, Batch] = {}
         self.steps_done = 0
