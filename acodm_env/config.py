@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
 
-from acodm_env.errors import unknown
+from acodm_env.errors import ConfigError, unknown
 
 Config = TypeVar("Config")
 
@@ -19,4 +19,8 @@ def from_dict(kind: type[Config], settings: Mapping[str, Any], name: str) -> Con
     for key in settings:
         if key not in allowed:
             unknown(f"{name}.<setting>", key, allowed)
-    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()})
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+    try:
+        return kind(**values)
+    except (TypeError, AttributeError) as error:  # a comparison or a loop over a value of the wrong kind
+        raise ConfigError(f"{name}={dict(settings)}: a value is of the wrong type ({error})") from error

@@ -304,4 +304,4 @@ def parse_reward(reward: str | Mapping[str, Any]) -> RewardConfig:
         return RewardConfig(terms={reward: 1.0})
     if "terms" in reward:
         return from_dict(RewardConfig, reward, "reward")
-    return RewardConfig(terms={name: float(weight) for name, weight in reward.items()})
+    return from_dict(RewardConfig, {"terms": reward}, "reward")

@@ -28,10 +28,10 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DataError(
-                f"{path}: disk full while writing; what was written before is whole; "
-                f"free some space or choose another --out, then run the same command again"
+                f"{path}: disk full while writing; nothing half-written was left; free some space or choose another "
+                f"--out, then run the same command again"
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
             raise DataError(f"{path}: cannot be written ({error.strerror}); choose another --out") from error
         raise
 
@@ -80,20 +80,42 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        recover_folder(path)
+        old = _replaced(path)
+        shutil.rmtree(old, ignore_errors=True)
         fresh = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-        old = fresh.with_name(fresh.name + ".old")
         try:
             yield fresh
+            _sync(fresh)
             fresh.chmod(0o755)
             if path.exists():
                 path.rename(old)
             fresh.rename(path)
             shutil.rmtree(old, ignore_errors=True)
         except BaseException:
-            if old.exists() and not path.exists():  # interrupted between the two renames
-                old.rename(path)
+            recover_folder(path)
             shutil.rmtree(fresh, ignore_errors=True)
             raise
+
+
+def recover_folder(path: str | Path) -> Path:
+    """Put back what a kill between the two renames of `atomic_folder` left under another name; returns `path`."""
+    path = Path(path)
+    if not path.exists() and _replaced(path).exists():
+        _replaced(path).rename(path)
+    return path
+
+
+def _replaced(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
+
+
+def _sync(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            handle = os.open(file, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
 
 
 def sha256(path: str | Path) -> str:

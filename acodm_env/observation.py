@@ -251,11 +251,15 @@ class Observer:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything remembered."""
-        return {name: getattr(self, name) for name in self._STATE} | {"tracker": self.tracker.state_dict()}
+        return {name: getattr(self, name) for name in self._STATE} | {
+            "clipped_frac": self.clipped_frac,
+            "tracker": self.tracker.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`'s value."""
         for name in self._STATE:
             value = state[name]
             setattr(self, name, int(value) if name == "step" else np.array(value, dtype=np.float64))
+        self.clipped_frac = float(state["clipped_frac"])
         self.tracker.load_state_dict(state["tracker"])

@@ -55,6 +55,8 @@ class Policy:
     horizon: int
     """Optimiser steps of the run it learned on."""
     lag: int = 0
+    gradients: str = ""
+    """How gradients were measured (`RunInfo.gradients`)."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Configuration, corpus fingerprint, proxy, tokens and seconds of learning, package versions."""
 
@@ -98,8 +100,17 @@ class Policy:
             "decision_every": self.decision_every,
             "horizon": self.horizon,
             "lag": self.lag,
+            "gradients": self.gradients,
             "provenance": dict(self.provenance),
         }
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that decides what the policy does."""
+        digest = hashlib.sha256(json.dumps(self._contract(), sort_keys=True).encode())
+        for weight, bias, _ in self.layers:
+            digest.update(np.ascontiguousarray(weight).tobytes() + np.ascontiguousarray(bias).tobytes())
+        return digest.hexdigest()
 
     def _split(self, values: Array) -> list[Array]:
         return np.split(values, np.cumsum([size for _, size in self.fields])[:-1])
@@ -114,6 +125,8 @@ class Policy:
         """
         path = Path(path)
         contract = read_json(path / "policy.json")
+        if not isinstance(contract, dict):
+            raise PolicyError(f"{path}/policy.json: is no policy's contract; export it again")
         if contract.get("format_version") != FORMAT_VERSION:
             raise PolicyError(
                 f"{path}: format_version={contract.get('format_version')}: must be {FORMAT_VERSION}; "
@@ -150,6 +163,7 @@ class Policy:
             decision_every=int(contract["decision_every"]),
             horizon=int(contract["horizon"]),
             lag=int(contract["lag"]),
+            gradients=contract["gradients"],
             provenance=contract["provenance"],
         )
 
@@ -178,6 +192,11 @@ class Policy:
                 raise PolicyError(
                     f"fields: '{name}' has {FIELDS[name].size(info)} entries here, {size} in the policy; "
                     f"use the lag and layer depths it learned on (lag={self.lag})"
+                )
+            if "gram" in FIELDS[name].needs and self.gradients != info.gradients:
+                raise PolicyError(
+                    f"fields: '{name}' was learned with gradients measured as [{self.gradients}], this run measures "
+                    f"[{info.gradients}]; use the same settings, or learn without the gradient fields"
                 )
 
 
@@ -224,6 +243,10 @@ class PolicyMixer(Mixer):
     def _decide(self, observation: NDArray[np.float32]) -> None:
         weights = self.policy.action.weights(self.policy.act(observation).astype(np.float64))
         self._weights = self.policy.bounds.project(weights, self.observer.epochs)
+
+    def diagnostics(self) -> dict[str, float]:
+        """Share of the last observation that was clipped into its bounds."""
+        return {"clipped_frac": self.observer.clipped_frac}
 
     def state_dict(self) -> dict[str, Any]:
         """Observer and mixture; only whole decisions can be saved.

@@ -48,6 +48,8 @@ class RunInfo:
     """Those norms before the first step; known once the trainer was reset."""
     lag: int = 0
     """Optimiser steps by which a new mixture takes effect late."""
+    gradients: str = ""
+    """How gradients are measured: a policy that reads them fits only runs that measure them the same way."""
     corpus_fingerprint: str = ""
     """SHA-256 of the corpus, where there is one."""
     seed: int = 0

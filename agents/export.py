@@ -1,5 +1,6 @@
 """From a learned SB3 agent to the exported policy, verified by re-loading what was written."""
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -77,6 +78,7 @@ def to_policy(model: BaseAlgorithm, venv: VecNormalize, env: MixtureEnv, provena
         decision_every=info.decision_every,
         horizon=info.horizon,
         lag=info.lag,
+        gradients=info.gradients,
         provenance=dict(provenance),
     )
 
@@ -88,12 +90,13 @@ def export(policy: Policy, path: str | Path, model: BaseAlgorithm, venv: VecNorm
         The largest difference of an action.
 
     Raises:
-        PolicyError: the file and the agent differ by more than 1e-5; nothing usable was exported.
+        PolicyError: the file and the agent differ by more than 1e-5; nothing was written then.
     """
-    policy.save(path)
-    error = parity(Policy.load(path), model, venv)
+    with tempfile.TemporaryDirectory() as trial:
+        error = parity(Policy.load(policy.save(Path(trial) / "policy")), model, venv)
     if not error <= TOLERANCE:
-        raise PolicyError(f"{path}: the exported policy differs from the agent by {error:.2g}; do not use it")
+        raise PolicyError(f"{path}: the exported policy would differ from the agent by {error:.2g}; nothing written")
+    policy.save(path)
     return error
 
 

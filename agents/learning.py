@@ -15,6 +15,7 @@ from stable_baselines3.common.logger import Logger, make_output_format
 from stable_baselines3.common.vec_env import VecNormalize
 
 from acodm_env.env import MixtureEnv
+from acodm_env.files import recover_folder
 from acodm_env.policy import Policy
 
 from .checkpoint import load_checkpoint, load_networks, save_checkpoint
@@ -65,7 +66,7 @@ class Learner:
 
     def checkpoint(self, name: str) -> Path:
         """Folder of the checkpoint "initial", "last" or "best"."""
-        return self.folder / "checkpoints" / name
+        return recover_folder(self.folder / "checkpoints" / name)
 
     def save(self, name: str) -> None:
         """Save agent, log and clock as checkpoint `name`."""

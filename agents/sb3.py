@@ -53,6 +53,8 @@ class AgentRecipe:
     def __post_init__(self) -> None:
         if not 0 <= self.gamma <= 1:
             raise ConfigError(f"gamma={self.gamma}: must be in [0, 1]")
+        if not isinstance(self.hidden, tuple) or not all(isinstance(units, int) for units in self.hidden):
+            raise ConfigError(f"hidden={self.hidden}: must be a list of layer sizes, e.g. [64, 64]")
         for name in ("learning_rate", "batch_size", "buffer_size", "tau"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be positive")

@@ -107,7 +107,9 @@ def _parse(name: str, kind: type[Any], arguments: list[str]) -> Any:
 
 
 def _flags(kind: type[Any], arguments: list[str]) -> list[str]:
-    """Dashes to underscores, and a switch such as `--fresh` to `--fresh=true`."""
+    """Dashes to underscores, a switch such as `--fresh` to `--fresh=true`, a leading RUN to `--run RUN`."""
+    if arguments and not arguments[0].startswith("-") and "run" in {field.name for field in fields(kind)}:
+        arguments = ["--run", *arguments]
     switches = {f"--{field.name}" for field in fields(kind) if field.type in (bool, "bool")}
     return [f"{flag}=true" if flag in switches else flag for flag in map(_dashes, arguments)]
 

@@ -13,6 +13,11 @@ def say(text: str = "") -> None:
     sys.stdout.flush()
 
 
+def note(text: str) -> None:
+    """A remark that is no result: to standard error, so that a pipe does not carry it."""
+    sys.stderr.write(text + "\n")
+
+
 def progress(total: int, label: str, *, quiet: bool, done: int = 0, unit: str = "step") -> "tqdm[Any]":
     """A bar with the time left; silent when `quiet`."""
     return tqdm(total=total, initial=done, desc=label, unit=unit, disable=quiet, dynamic_ncols=True, smoothing=0.1)

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from acodm_env.corpus import open_corpus
-from acodm_env.errors import unknown
+from acodm_env.errors import ConfigError, unknown
 from acodm_env.experiments import report
 from acodm_env.experiments.console import listing, say
 from acodm_env.experiments.export import export_from
 from acodm_env.experiments.forecast import forecast_seconds
 from acodm_env.experiments.recipes import RECIPES
-from acodm_env.experiments.runs import RunFolder, open_run
+from acodm_env.experiments.runs import RunFolder, open_run, recorded_config
 from acodm_env.experiments.train import TrainConfig, episode_table, make_learner, train
 from acodm_env.experiments.transfer import TransferConfig, choose_mixer, transfer
 from acodm_env.files import write_json
@@ -46,6 +46,8 @@ class DemoConfig:
     def __post_init__(self) -> None:
         if self.recipe not in RECIPES:
             unknown("recipe", self.recipe, RECIPES)
+        if self.seed < 0:
+            raise ConfigError(f"seed={self.seed}: must be at least 0")
 
 
 def run(config: DemoConfig) -> None:
@@ -61,9 +63,10 @@ def run(config: DemoConfig) -> None:
 
 
 def _open(config: DemoConfig, out: Path) -> RunFolder:
-    if config.fresh and (out / "config.json").exists():
+    settings = {"corpus": config.corpus, "recipe": config.recipe, "seed": config.seed}
+    if config.fresh and (out / "config.json").exists() and recorded_config(out).keys() == settings.keys():
         shutil.rmtree(out)
-    return RunFolder(out, {"corpus": config.corpus, "recipe": config.recipe, "seed": config.seed})
+    return RunFolder(out, settings)
 
 
 def _run_stages(config: DemoConfig, folder: RunFolder) -> None:

@@ -92,7 +92,7 @@ def problems() -> list[str]:
 
 def storage() -> dict[str, str]:
     """Cache of the pocket corpus and free disk."""
-    cache = Path(os.environ.get("ACODM_CACHE", Path.home() / ".cache" / "acodm"))
+    cache = Path(os.environ.get("ACODM_CACHE", "~/.cache/acodm")).expanduser()
     return {
         "ACODM_CACHE": f"{cache} ({'exists' if cache.exists() else 'not yet made'})",
         "disk": f"{shutil.disk_usage(Path.cwd()).free / 1e9:.1f} GB free on {Path.cwd()}",

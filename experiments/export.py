@@ -14,6 +14,7 @@ from acodm_env.experiments.train import TrainConfig, make_learner, settings_of
 if TYPE_CHECKING:
     from acodm_env.agents.learning import Learner
 
+POLICY_FILES = {"policy.json", "policy.safetensors"}
 CHECKPOINTS = ("best", "last", "untrained")
 
 
@@ -59,7 +60,7 @@ def export_from(learner: "Learner", train: TrainConfig, which: str, out: Path) -
     """
     from acodm_env.agents.export import export
 
-    if out.exists() and any(out.iterdir()) and not (out / "policy.json").exists():
+    if out.exists() and (not out.is_dir() or {file.name for file in out.iterdir()} - POLICY_FILES):
         raise DataError(f"out={out}: already holds other files; choose another folder")
     if not learner.checkpoint("best").exists():
         raise DataError(f"run={learner.folder}: has no finished episode yet; go on with `acodm train` first")

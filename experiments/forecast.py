@@ -22,7 +22,7 @@ def forecast_seconds(learning: TrainConfig, target: TransferConfig, num_runs: in
 
     sizes = {"batch_size": learning.batch_size, "sequence_length": learning.sequence_length}
     step, evaluation = _time(LMConfig(model=learning.proxy, **sizes), store, frozenset({"gram", "layers"}))
-    evaluations = 1 + learning.episodes // learning.evaluate_every if learning.evaluate_every else 1
+    evaluations = -(-learning.episodes // learning.evaluate_every) if learning.evaluate_every else 1
     episode = learning.episode_steps * step + evaluation
     proxy_seconds = (learning.episodes + evaluations) * episode
     sizes = {"batch_size": target.batch_size, "sequence_length": target.sequence_length}

@@ -2,12 +2,11 @@
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import yaml
 
 from acodm_env.errors import DataError, unknown
-from acodm_env.experiments.console import say
+from acodm_env.experiments.console import note, say
 from acodm_env.experiments.report import time_averaged
 from acodm_env.experiments.runs import open_run
 from acodm_env.files import atomic_file
@@ -52,18 +51,21 @@ def run(config: MixtureConfig) -> None:
     }
     for name, text in texts.items():
         if config.format == "all" and not config.quiet:
-            say(f"# {name}")
+            note(f"# {name}")
         if config.format in ("all", name):
             say(text)
     if config.out is not None:
         with atomic_file(config.out) as file:
             file.write((texts["yaml" if config.format == "yaml" else "json"] + "\n").encode())
     if not config.quiet:
-        say(f"# written to {Path(config.out)}" if config.out else f"# run: {config.run}")
+        note(f"# mixture of the run {config.run}" + (f", written to {config.out}" if config.out else ""))
 
 
 def interleave_call(mixture: dict[str, float], seed: int) -> str:
-    """Source of the call that samples `datasets` in these proportions; probabilities sum to 1 exactly."""
+    """Source of the call that samples `datasets` in these proportions; probabilities sum to 1 exactly.
+
+    Our weights are shares of equally long sequences: give it data sets of packed sequences, not of documents.
+    """
     rounded = {name: round(weight, 6) for name, weight in mixture.items()}
     largest = max(rounded, key=lambda name: rounded[name])
     rounded[largest] = round(rounded[largest] + 1 - sum(rounded.values()), 6)

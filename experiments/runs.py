@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from acodm_env.errors import ConfigError, DataError
-from acodm_env.files import disk_errors, read_json, read_state, write_json, write_state
+from acodm_env.files import atomic_file, disk_errors, read_json, read_state, write_json, write_state
 from acodm_env.trainer import Array, Mixer, StepStats, Trainer, drive
 
 PACKAGES = (
@@ -67,7 +67,7 @@ class RunFolder:
         self.config = json.loads(json.dumps(config))
         record = self.path / "config.json"
         if record.exists():
-            self._check_same(read_json(record)["config"])
+            self._check_same(recorded_config(self.path))
         elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise DataError(f"out={self.path}: already holds other files; choose another folder")
         else:
@@ -112,8 +112,8 @@ class RunFolder:
         """Forget what was logged after `step`: the resumed run does it again."""
         for name in ("stats.jsonl", "eval.jsonl"):
             kept = [record for record in self.lines(name) if record["step"] <= step]
-            with disk_errors(self.path / name):
-                (self.path / name).write_text("".join(json.dumps(record) + "\n" for record in kept))
+            with atomic_file(self.path / name) as file:
+                file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
 
 
 def run_mixer(
@@ -141,7 +141,7 @@ def run_mixer(
         trainer.load_state_dict(state["trainer"])
         mixer.load_state_dict(state["mixer"])
     folder.rewind(trainer.steps_done)
-    if trainer.steps_done == 0:
+    if not folder.lines("eval.jsonl"):
         _log_evaluation(folder, trainer, 0)
     for stats, seconds in _timed(drive(trainer, mixer, horizon - trainer.steps_done)):
         folder.append("stats.jsonl", _stats_record(stats, seconds) | mixer.diagnostics())
@@ -195,7 +195,19 @@ def open_run(path: str | Path) -> RunFolder:
     Raises:
         ConfigError: there is no run in `path`.
     """
-    record = Path(path) / "config.json"
-    if not record.exists():
+    if not (Path(path) / "config.json").exists():
         raise ConfigError(f"run={path}: must be the folder of a run (it has no config.json)")
-    return RunFolder(path, read_json(record)["config"])
+    return RunFolder(path, recorded_config(path))
+
+
+def recorded_config(path: str | Path) -> dict[str, Any]:
+    """The configuration that a run's `config.json` records.
+
+    Raises:
+        DataError: the file is no run's, but a model's, say.
+    """
+    record = read_json(Path(path) / "config.json")
+    if not isinstance(record, dict) or not isinstance(record.get("config"), dict) or "versions" not in record:
+        raise DataError(f"{path}/config.json: is not the record of a run; choose another folder")
+    config: dict[str, Any] = record["config"]
+    return config

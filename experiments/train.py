@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from acodm_env.errors import ConfigError
+from acodm_env.errors import ConfigError, unknown
 from acodm_env.experiments.console import listing, progress, say
 from acodm_env.experiments.runs import RunFolder, versions
 from acodm_env.files import write_json
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     import gymnasium as gym
 
     from acodm_env.agents.learning import Learner
+
+
+ALGORITHMS = ("td3", "ddpg", "sac", "ppo", "a2c")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +68,8 @@ class TrainConfig:
     """No progress bar."""
 
     def __post_init__(self) -> None:
+        if self.algo not in ALGORITHMS:  # before the corpus, which may have to be harvested
+            unknown("algo", self.algo, ALGORITHMS)
         for name, least in (("episodes", 1), ("episode_steps", 1), ("steps_per_action", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at least {least}")

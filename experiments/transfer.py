@@ -11,10 +11,17 @@ from acodm_env.experiments.report import mixer_result
 from acodm_env.experiments.runs import RunFolder, open_run, run_mixer
 from acodm_env.files import write_json
 from acodm_env.policy import Policy, PolicyMixer, scaled_interval
-from acodm_env.trainer import Lagged, Mixer, Trainer
+from acodm_env.trainer import Lagged, Mixer, StepStats, Trainer
 
 if TYPE_CHECKING:
     from acodm_env.pretrain.config import LMConfig
+
+
+COMPARABLE = (
+    *("corpus_fingerprint", "target", "steps", "batch_size", "sequence_length"),
+    *("learning_rate", "schedule", "eval_sequences", "seed"),
+)
+"""Settings that a run and its reference must share."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,19 +72,21 @@ class TransferConfig:
             raise ConfigError("policy, mixer: give exactly one of them, --policy DIR or --mixer NAME")
         if self.weights is not None and self.mixer != "static":
             raise ConfigError(f"weights={self.weights}: only --mixer static takes weights")
-        for name in ("steps", "evaluations"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
+        for name, least in (("steps", 1), ("evaluations", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name}={getattr(self, name)}: must be at least {least}")
+        if self.decision_every is not None and self.decision_every < 1:
+            raise ConfigError(f"decision_every={self.decision_every}: must be at least 1")
 
 
 def run(config: TransferConfig) -> None:
     """Train, print the result and where it lies."""
-    store = open_corpus(config.corpus)
-    mixer = choose_mixer(config)
-    reference = open_run(config.reference) if config.reference else None
-    result = transfer(config, store, mixer, reference)
+    mixer = choose_mixer(config)  # before the corpus, which may have to be harvested
+    reference = finished_run(config.reference) if config.reference else None
+    result = transfer(config, open_corpus(config.corpus), mixer, reference)
     say(listing((name, value) for name, value in result.items() if name not in ("config", "domain_loss_nats")))
-    say(listing((f"  {name}", f"{loss:.4f} nats") for name, loss in result["domain_loss_nats"].items() if loss))
+    losses = result["domain_loss_nats"].items()
+    say(listing((f"  {name}", "diverged" if loss is None else f"{loss:.4f} nats") for name, loss in losses))
     say(f"run: {config.out} (result.json, stats.jsonl, eval.jsonl)")
 
 
@@ -90,34 +99,71 @@ def choose_mixer(config: TransferConfig) -> Mixer:
     return make_mixer(config.mixer, **options)
 
 
+def finished_run(path: str) -> RunFolder:
+    """A run that others are measured against.
+
+    Raises:
+        ConfigError: there is none in `path`, or it has not finished.
+    """
+    folder = open_run(path)
+    if folder.result is None or not folder.lines("eval.jsonl"):
+        raise ConfigError(f"reference={path}: must be a finished target run; run its command again to finish it")
+    return folder
+
+
 def transfer(
     config: TransferConfig, store: TokenStore, mixer: Mixer, reference: RunFolder | None = None
 ) -> dict[str, Any]:
-    """Run (or resume, or just report) one target run and return its `result.json`."""
-    settings = asdict(config)
-    for name in ("quiet", "out", "reference"):
-        settings.pop(name)
-    folder = RunFolder(
-        config.out,
-        settings | {"domains": list(store.domains), "corpus_fingerprint": store.fingerprint, "name": mixer.name},
-    )
-    if folder.result is None:
-        _train(config, store, mixer, folder)
+    """Run (or resume, or just report) one target run and return its `result.json`.
+
+    Raises:
+        ConfigError, PolicyError, DataError: something does not fit; `out` is untouched then.
+    """
+    trainer = target_trainer(config, store, mixer)
+    mixer.start(trainer.info)  # refuses what does not fit before the folder is claimed
+    identity = _identity(config, store, mixer)
+    if reference is not None:
+        _check_comparable(identity, reference)
+    folder = RunFolder(config.out, identity)
+    before = folder.result
+    if before is None:
+        _train(config, trainer, mixer, folder)
     fields = mixer_result(folder, reference)
+    if before is not None and reference is None:
+        fields["steps_to_reference_ratio"] = before["steps_to_reference_ratio"]
     result = {"mixer": mixer.name, **fields, "corpus_fingerprint": store.fingerprint, "config": folder.config}
     write_json(folder.path / "result.json", result)
     return result
 
 
-def _train(config: TransferConfig, store: TokenStore, mixer: Mixer, folder: RunFolder) -> None:
-    trainer = target_trainer(config, store, mixer)
-    mixer.start(trainer.info)  # refuses a policy that does not fit before anything is built
+def _identity(config: TransferConfig, store: TokenStore, mixer: Mixer) -> dict[str, Any]:
+    """What makes a run this run: its settings, with the *contents* of policy and weights instead of their paths."""
+    identity = {name: value for name, value in asdict(config).items() if name not in ("quiet", "out", "reference")}
+    if isinstance(mixer, PolicyMixer):
+        identity["policy"] = mixer.policy.fingerprint
+    if config.weights is not None:
+        identity["weights"] = mixer.weights().tolist()
+    described = {"domains": list(store.domains), "corpus_fingerprint": store.fingerprint, "name": mixer.name}
+    return identity | described
+
+
+def _check_comparable(identity: dict[str, Any], reference: RunFolder) -> None:
+    """Steps to a reference compare only under the same corpus, model, tokens, schedule and seed."""
+    for name in COMPARABLE:
+        if identity[name] != reference.config.get(name):
+            raise ConfigError(
+                f"reference={reference.path}: must have {name}={identity[name]!r} as this run has; "
+                f"it has {reference.config.get(name)!r}"
+            )
+
+
+def _train(config: TransferConfig, trainer: Trainer, mixer: Mixer, folder: RunFolder) -> None:
     device = trainer.inner.device if isinstance(trainer, Lagged) else trainer.device  # type: ignore[attr-defined]
     if not config.quiet:
         say(f"{mixer.name} drives {config.target} for {config.steps} steps on {device}")
     with progress(config.steps, mixer.name, quiet=config.quiet) as bar:
 
-        def on_step(stats: Any) -> None:
+        def on_step(stats: StepStats) -> None:
             bar.update(stats.step - bar.n)
             bar.set_postfix_str(f"loss {stats.loss:.3f}", refresh=False)
 

@@ -1,8 +1,7 @@
 """`MixtureSampler`: a mixture in, a batch out, immediately.
 
 A batch is a pure function of (seed, cursors, carry, weights): the order of a domain's epoch e is the permutation
-seeded by (seed, domain, e), so the state is a cursor per domain, and a run may change its number of ranks. On
-several ranks every process draws the same global batch and takes its rows r::world.
+seeded by (seed, domain, e), so the state is a cursor per domain.
 """
 
 from collections.abc import Mapping

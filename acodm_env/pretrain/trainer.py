@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from acodm_env.corpus.sampler import Batch, MixtureSampler, heldout
 from acodm_env.corpus.tokens import TokenStore
+from acodm_env.errors import ConfigError
 from acodm_env.pretrain.checkpoint import int_keys, to_numpy, to_torch
 from acodm_env.pretrain.config import LMConfig, resolve_device
 from acodm_env.pretrain.gradients import DomainGradients, GradientProbe, order_rows
@@ -61,6 +62,7 @@ class LMTrainer:
             initial_loss_nats=math.log(store.vocab_size),
             num_layers=len(OBSERVED_DEPTHS),
             corpus_fingerprint=store.fingerprint,
+            gradients=f"depths={config.probe_depths} sketch={config.sketch_size} precondition={config.precondition}",
         )
         self._heldout: dict[str, Batch] = {}
         self.steps_done = 0
@@ -262,4 +264,6 @@ def target_accelerator(device: str) -> "Accelerator":
     """The process's Accelerator for a target run on `device`; autocast is ours, so it adds no precision of its own."""
     from accelerate import Accelerator
 
+    if resolve_device(device).index is not None:
+        raise ConfigError(f"device={device}: a target run takes the first visible device; set CUDA_VISIBLE_DEVICES")
     return Accelerator(cpu=resolve_device(device).type == "cpu", mixed_precision="no")

@@ -31,7 +31,7 @@ def test_result_has_the_stable_names(finished):
         assert "steps_to_reference_ratio" in mixer
     assert result["mixers"]["odm-released"]["steps_to_reference_ratio"] == 1.0
     assert result["learning"]["transitions"] == 8
-    assert result["learning"]["tokens"] == 2 * 12 * 6 * 32
+    assert result["learning"]["tokens"] == (2 + 2) * 12 * 6 * 32  # two episodes, two evaluations
     assert result["learning"].keys() == {"tokens", "seconds", "episodes", "transitions"}
     assert len(result["corpus_fingerprint"]) == 64
     assert (finished / "report.png").read_bytes().startswith(b"\x89PNG")
