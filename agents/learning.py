@@ -139,6 +139,8 @@ class _Episodes(BaseCallback):
             self.learner.save("initial")
 
     def _on_step(self) -> bool:
+        if len(self.learner.rows) >= self.learner.learning.episodes:
+            return False  # episodes that diverged were short: their decisions are left over
         info, action = self.locals["infos"][0], np.asarray(self.locals["actions"])[0]
         row = {
             "reward": float(self.learner.venv.get_original_reward()[0]),
@@ -151,7 +153,7 @@ class _Episodes(BaseCallback):
             self._ended.append(self._summary(info))
             self._seen = []
         self.on_decision(row)
-        return len(self.learner.rows) < self.learner.learning.episodes
+        return True
 
     def _summary(self, info: Row) -> Row:
         return {

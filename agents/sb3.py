@@ -122,8 +122,9 @@ def _deterministic(recipe: AgentRecipe, num_domains: int) -> dict[str, Any]:
     return _off_policy(recipe) | {"action_noise": noise}
 
 
-def _largest_divisor(number: int, at_most: int) -> int:
-    return max(size for size in range(1, min(number, at_most) + 1) if number % size == 0)
+def _minibatch(number: int, at_most: int) -> int:
+    """The largest divisor of a rollout's length up to `at_most`, or all of it: PPO needs two transitions or more."""
+    return max((size for size in range(2, min(number, at_most) + 1) if number % size == 0), default=number)
 
 
 ALGORITHMS: dict[str, tuple[type[BaseAlgorithm], Callable[[AgentRecipe, int, int], dict[str, Any]]]] = {
@@ -134,7 +135,7 @@ ALGORITHMS: dict[str, tuple[type[BaseAlgorithm], Callable[[AgentRecipe, int, int
         PPO,
         lambda recipe, num_domains, decisions: {
             "n_steps": decisions,
-            "batch_size": _largest_divisor(decisions, recipe.batch_size),
+            "batch_size": _minibatch(decisions, recipe.batch_size),
         },
     ),
     "a2c": (

@@ -158,7 +158,7 @@ class LMTrainer:
                 group["lr"] = lr
             self.optimizer.step()
         self.steps_done += 1
-        norms, changes = self._layers()
+        norms, changes = (None, None) if diverged else self._layers()
         num_domains, num_predicted = len(batch.counts), batch.tokens.shape[1] - 1
         sums = np.bincount(batch.domains, row_losses.double().cpu().numpy(), minlength=num_domains)  # (K,)
         loss_tokens = batch.counts.astype(np.float64) * num_predicted  # (K,)
