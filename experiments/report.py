@@ -117,8 +117,20 @@ def verdicts(results: Mapping[str, Mapping[str, Any]], policy: str = "policy") -
             word = "cannot be told apart from"
         else:
             word = "beats" if mean < 0 else "LOSES to"
-        lines.append(f"{policy} {word} {name}: mean loss {mean:+.4f} nats (± {2 * error:.4f} over domains, one seed).")
+        perplexity = results[policy]["mean_perplexity"] / result["mean_perplexity"] - 1
+        lines.append(
+            f"{policy} {word} {name}: mean loss {mean:+.4f} nats (± {2 * error:.4f} over domains, one seed), "
+            f"mean perplexity {perplexity:+.1%}."
+        )
+    ranks = [_rank(results, policy, key) for key in ("mean_loss_nats", "mean_perplexity")]
+    lines.append(f"Of {len(results)} runs {policy} comes {ranks[0]} by mean loss and {ranks[1]} by mean perplexity.")
     return lines
+
+
+def _rank(results: Mapping[str, Mapping[str, Any]], name: str, key: str) -> str:
+    values = {other: np.inf if result[key] is None else result[key] for other, result in results.items()}
+    place = 1 + sum(value < values[name] for value in values.values())
+    return "last" if place == len(values) else f"number {place}"
 
 
 def _difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[float, float] | None:

@@ -66,6 +66,7 @@ def test_verdicts_say_plainly_who_loses():
     assert "cannot be told apart from policy-untrained" in lines[1]
     assert "beats worse" in lines[2]
     assert "diverged" in lines[3]
+    assert lines[4] == "Of 5 runs policy comes number 2 by mean loss and number 1 by mean perplexity."
     assert report.table({"gone": result(None, a=None)}, "uniform").count("diverged") == 1
 
 
