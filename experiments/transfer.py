@@ -31,7 +31,8 @@ class TransferConfig:
     policy: str | None = None
     """Folder of an exported policy."""
     mixer: str | None = None
-    """Name of a baseline, instead of a policy: uniform, proportional, static, odm-paper, odm-released, exp3."""
+    """Name of a baseline, instead of a policy: uniform, proportional, static, odm-paper, odm-released, exp3,
+    exp3-classical."""
     weights: str | None = None
     """Mixture for --mixer static: "name=0.5,other=0.5", or the JSON that `acodm mixture` prints."""
     corpus: str = "pocket"

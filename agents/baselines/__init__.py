@@ -6,7 +6,7 @@ from typing import Any
 from acodm_env.errors import ConfigError, unknown
 from acodm_env.trainer import Mixer
 
-from .bandits import Exp3, OdmPaper, OdmReleased
+from .bandits import Exp3, Exp3Classical, OdmPaper, OdmReleased
 from .static import Proportional, Static, Uniform
 
 _FACTORIES: dict[str, Callable[..., Mixer]] = {
@@ -16,6 +16,7 @@ _FACTORIES: dict[str, Callable[..., Mixer]] = {
     "odm-paper": OdmPaper,
     "odm-released": OdmReleased,
     "exp3": Exp3,
+    "exp3-classical": Exp3Classical,
 }
 
 

@@ -173,25 +173,47 @@ class OdmReleased(_Odm):
         return greedy
 
 
-class Exp3(_Bandit):
+class Exp3(OdmPaper):
+    """EXP3 in the Gibbs form that ODM builds on: ODM's mixture over *cumulative* rewards.
+
+    R_i ← R_i + (L_i/10)/w_i for observed i;  w_i = (1−Kε_t)·exp(ε_{t−1}R_i)/Σ_j exp(ε_{t−1}R_j) + ε_t. No warm-up.
+
+    Deviations: as in `OdmPaper`; without the subtraction of the largest exponent this form overflows.
+    """
+
+    name = "exp3"
+
+    def __init__(self, loss_scale: float = 10.0):
+        super().__init__(smoothing=0.0, warmup_frac=0.0)
+        self.loss_scale = _positive_scale(loss_scale)
+
+    def _credit(self, observed: NDArray[np.bool_], losses: Array, drawn_with: Array) -> None:
+        self.rewards[observed] += (losses / self.loss_scale / self._drawn_with(drawn_with))[observed]
+
+
+def _positive_scale(loss_scale: float) -> float:
+    if not (math.isfinite(loss_scale) and loss_scale > 0):
+        raise ConfigError(f"loss_scale={loss_scale}: must be a positive number of nats")
+    return loss_scale
+
+
+class Exp3Classical(_Bandit):
     """EXP3, the classical normalised rule (Auer et al., The nonstochastic multiarmed bandit problem, 2002, figure 1).
 
     v_i ← v_i·exp(g·r_i/(w_i K));  w_i = (1−g)·v_i/Σv + g/K;  r_i = L_i/10 clipped to [0, 1], since the rule wants
     rewards in [0, 1] and a loss of 10 nats is ln(22 026), a whole vocabulary. g is fixed (`exploration`), unlike
-    ODM's falling ε_t. The Gibbs form with cumulative R, as ODM's paper cites it, is not this one.
+    ODM's falling ε_t.
 
     Deviations: every drawn domain is credited, not one arm a round; log v is kept, with the largest subtracted,
     because the product form overflows; w_i in the division is at least g/K.
     """
 
-    name = "exp3"
+    name = "exp3-classical"
 
     def __init__(self, exploration: float = 0.1, loss_scale: float = 10.0):
         if not 0 < exploration <= 1:
             raise ConfigError(f"exploration={exploration}: must be in (0, 1]")
-        if not (math.isfinite(loss_scale) and loss_scale > 0):
-            raise ConfigError(f"loss_scale={loss_scale}: must be a positive number of nats")
-        self.gamma, self.loss_scale = exploration, loss_scale
+        self.gamma, self.loss_scale = exploration, _positive_scale(loss_scale)
 
     def exploration(self) -> float:
         """g, the same at every step."""

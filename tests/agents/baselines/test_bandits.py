@@ -10,13 +10,13 @@ from acodm_env.files import read_state, write_state
 from acodm_env.trainer import Lagged, StepStats, drive
 from toy import ToyTrainer
 
-BANDITS = ("odm-paper", "odm-released", "exp3")
+BANDITS = ("odm-paper", "odm-released", "exp3", "exp3-classical")
 LOSSES_22 = np.linspace(2.0, 3.68, 22)
 
 
 def started(name, num_domains, horizon=5000, **options):
     """A mixer at its first step; without the warm-up of ODM unless asked for."""
-    options = options if name == "exp3" else {"warmup_frac": 0.0} | options
+    options = options if name.startswith("exp3") else {"warmup_frac": 0.0} | options
     mixer = make_mixer(name, **options)
     mixer.start(ToyTrainer((1 / num_domains,) * num_domains, horizon=horizon).info)
     return mixer
@@ -107,6 +107,16 @@ def test_odm_paper_by_hand():
 
 def test_exp3_by_hand():
     mixer = started("exp3", 2)
+    first = seen(mixer, [1.0, 2.0])  # ε_1 = 1/2: still uniform; R = (0.1, 0.2)/0.5
+    np.testing.assert_allclose(first, [0.5, 0.5])
+    second = seen(mixer, [1.0, 2.0])  # R = (0.4, 0.8), ε_1 = 1/2, ε_2 = √(ln 2/4)
+    epsilon = math.sqrt(math.log(2) / 4)
+    assert second[0] == pytest.approx((1 - 2 * epsilon) / (1 + math.exp(0.5 * 0.4)) + epsilon)
+    assert mixer.exploration() == pytest.approx(2 * epsilon)
+
+
+def test_classical_exp3_by_hand():
+    mixer = started("exp3-classical", 2)
     first = seen(mixer, [1.0, 2.0])  # g·r/(w K) = 0.1·(0.1, 0.2)/(0.5·2) = 0.01, 0.02
     assert first[0] == pytest.approx(0.9 / (1 + math.exp(0.01)) + 0.05)
     second = seen(mixer, [1.0, 2.0])
@@ -184,8 +194,8 @@ def test_a_domain_without_a_finite_loss_keeps_its_estimate(name, bad):
     assert mixer.updates == 2
 
 
-def test_exp3_credits_nothing_to_a_domain_without_a_finite_loss():
-    mixer = started("exp3", 3)
+def test_classical_exp3_credits_nothing_to_a_domain_without_a_finite_loss():
+    mixer = started("exp3-classical", 3)
     seen(mixer, [2.0, np.nan, np.inf])
     log_v = mixer.rewards - mixer.rewards[1]
     assert log_v == pytest.approx([0.02, 0.0, 0.0])  # 0.1·0.2/(1/3·3)
@@ -237,9 +247,12 @@ def test_start_forgets_and_weights_are_the_callers_own(name):
 def test_saved_and_loaded_equals_uninterrupted(name, tmp_path):
     rng = np.random.default_rng(0)
     losses = rng.uniform(1, 6, size=(40, 5))
-    through = started(name, 5, horizon=500, **({} if name == "exp3" else {"warmup_frac": 0.02}))
+    options = {} if name.startswith("exp3") else {"warmup_frac": 0.02}
+    through = started(name, 5, horizon=500, **options)
     expected = [seen(through, row) for row in losses]
-    first, second = (started(name, 5, horizon=500, **({} if name == "exp3" else {"warmup_frac": 0.02})) for _ in "ab")
+    first, second = (
+        started(name, 5, horizon=500, **({} if name.startswith("exp3") else {"warmup_frac": 0.02})) for _ in "ab"
+    )
     for row in losses[:17]:
         seen(first, row)
     write_state(tmp_path / "mixer.safetensors", first.state_dict())
@@ -273,7 +286,7 @@ def test_one_domain_is_a_mixture_too():
         ("odm-paper", {"smoothing": 1.0}),
         ("odm-released", {"smoothing": math.nan}),
         ("odm-released", {"warmup_frac": -0.1}),
-        ("exp3", {"exploration": 0.0}),
+        ("exp3-classical", {"exploration": 0.0}),
         ("exp3", {"loss_scale": 0.0}),
     ],
 )

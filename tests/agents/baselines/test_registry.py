@@ -27,7 +27,7 @@ def test_every_mixer_drives_a_trainer(name):
 
 
 def test_the_issues_names_are_there():
-    names = {"uniform", "proportional", "static", "odm-paper", "odm-released", "exp3"}
+    names = {"uniform", "proportional", "static", "odm-paper", "odm-released", "exp3", "exp3-classical"}
     assert names <= set(mixer_names())
 
 
