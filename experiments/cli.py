@@ -49,7 +49,7 @@ def _guarded(arguments: list[str]) -> int:
         return 2
     except KeyboardInterrupt:
         again = shlex.join(argument for argument in arguments if argument != "--fresh")
-        print(f"\nacodm: interrupted; nothing is lost. To go on: acodm {again}", file=sys.stderr)
+        print(f"\nacodm: interrupted; what was saved is whole. To go on: acodm {again}", file=sys.stderr)
         return 1
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

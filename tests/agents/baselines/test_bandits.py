@@ -250,9 +250,7 @@ def test_saved_and_loaded_equals_uninterrupted(name, tmp_path):
     options = {} if name.startswith("exp3") else {"warmup_frac": 0.02}
     through = started(name, 5, horizon=500, **options)
     expected = [seen(through, row) for row in losses]
-    first, second = (
-        started(name, 5, horizon=500, **({} if name.startswith("exp3") else {"warmup_frac": 0.02})) for _ in "ab"
-    )
+    first, second = (started(name, 5, horizon=500, **options) for _ in "ab")
     for row in losses[:17]:
         seen(first, row)
     write_state(tmp_path / "mixer.safetensors", first.state_dict())
