@@ -73,7 +73,7 @@ def _run_stages(config: DemoConfig, folder: RunFolder) -> None:
     out, started = folder.path, time.perf_counter()
     learning_recipe, target_recipe = RECIPES[config.recipe]
     _step(config, started, "1/4 corpus")
-    store = open_corpus(config.corpus)
+    store = open_corpus(config.corpus, config.quiet)
     corpus = str(store.path)
     train_config = replace(learning_recipe(corpus, str(out / "learning"), config.seed), quiet=config.quiet)
     target = replace(target_recipe(corpus, str(out), config.seed), quiet=config.quiet)

@@ -84,7 +84,7 @@ def run(config: TransferConfig) -> None:
     """Train, print the result and where it lies."""
     mixer = choose_mixer(config)  # before the corpus, which may have to be harvested
     reference = finished_run(config.reference) if config.reference else None
-    result = transfer(config, open_corpus(config.corpus), mixer, reference)
+    result = transfer(config, open_corpus(config.corpus, config.quiet), mixer, reference)
     say(listing((name, value) for name, value in result.items() if name not in ("config", "domain_loss_nats")))
     losses = result["domain_loss_nats"].items()
     say(listing((f"  {name}", "diverged" if loss is None else f"{loss:.4f} nats") for name, loss in losses))

@@ -6,8 +6,8 @@ from acodm_env.corpus.tokens import TokenStore
 __all__ = ["MixtureSampler", "TokenStore", "open_corpus"]
 
 
-def open_corpus(corpus: str) -> TokenStore:
-    """Open "pocket" (harvested on first use, then cached) or the folder of a token store.
+def open_corpus(corpus: str, quiet: bool = False) -> TokenStore:
+    """Open "pocket" (harvested on first use, with a progress bar unless `quiet`, then cached) or a token store.
 
     Raises:
         DataError: the folder is no token store, was cut short or edited.
@@ -15,5 +15,5 @@ def open_corpus(corpus: str) -> TokenStore:
     if corpus == "pocket":
         from acodm_env.corpus.pocket import pocket_store
 
-        return TokenStore.open(pocket_store())
+        return TokenStore.open(pocket_store(progress=not quiet))
     return TokenStore.open(corpus)
