@@ -107,7 +107,8 @@ class Policy:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of everything that decides what the policy does."""
-        digest = hashlib.sha256(json.dumps(self._contract(), sort_keys=True).encode())
+        contract = {name: value for name, value in self._contract().items() if name != "provenance"}
+        digest = hashlib.sha256(json.dumps(contract, sort_keys=True).encode())
         for weight, bias, _ in self.layers:
             digest.update(np.ascontiguousarray(weight).tobytes() + np.ascontiguousarray(bias).tobytes())
         return digest.hexdigest()

@@ -9,6 +9,7 @@ The Gymnasium environment is a `Trainer` seen by an agent; a bandit or an export
 K is the number of training domains, M the number of held-out targets (usually the same ones).
 """
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -168,7 +169,7 @@ class Trainer(Protocol):
         """Go on from `state_dict`'s value."""
 
 
-class Mixer:
+class Mixer(ABC):
     """Proposes a mixture. Subclasses override `weights`, and `update` where they learn from the run."""
 
     name: str = "mixer"
@@ -179,15 +180,15 @@ class Mixer:
         """Begin a run; forget everything of an earlier one."""
         self.info = info
 
+    @abstractmethod
     def weights(self) -> Array:
         """The mixture (K,) for the next step: non-negative, summing to 1."""
-        raise NotImplementedError
 
     def loss_weights(self) -> Array | None:
         """Per-domain weights (K,) of the loss, or None to leave it alone."""
         return None
 
-    def update(self, stats: StepStats) -> None:
+    def update(self, stats: StepStats) -> None:  # noqa: B027 (a fixed mixture has nothing to learn)
         """Learn from the step just done."""
 
     def diagnostics(self) -> dict[str, float]:
@@ -198,7 +199,7 @@ class Mixer:
         """Everything that `update` changed."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
         """Go on from `state_dict`'s value; call after `start`."""
 
 

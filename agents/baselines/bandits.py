@@ -10,6 +10,7 @@ domain of a diverged step, keeps its last estimate; t counts the step all the sa
 """
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,16 +58,16 @@ class _Bandit(Mixer):
         self._credit(observed, np.where(observed, stats.losses, 0.0), stats.requested)
         self._weights = self._mixture()
 
+    @abstractmethod
     def exploration(self) -> float:
         """K·ε: the share of the mixture that the rule spreads evenly at the current step."""
-        raise NotImplementedError
 
     def diagnostics(self) -> dict[str, float]:
         """The share of exploration, for the run's log."""
         return {"exploration": self.exploration()}
 
-    def _credit(self, observed: NDArray[np.bool_], losses: Array, drawn_with: Array) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _credit(self, observed: NDArray[np.bool_], losses: Array, drawn_with: Array) -> None: ...
 
     def _drawn_with(self, weights: Array) -> Array:
         """Weights (K,) to divide by: no smaller than the rule's own floor, whoever else limited the mixture."""
@@ -74,8 +75,8 @@ class _Bandit(Mixer):
         divisor: Array = np.maximum(weights, max(lowest, _SMALLEST))
         return divisor
 
-    def _mixture(self) -> Array:
-        raise NotImplementedError
+    @abstractmethod
+    def _mixture(self) -> Array: ...
 
     def state_dict(self) -> dict[str, Any]:
         """Estimates, update count and mixture."""
@@ -120,8 +121,8 @@ class _Odm(_Bandit):
         normalised: Array = mixture / mixture.sum()
         return normalised
 
-    def _greedy(self) -> Array:
-        raise NotImplementedError
+    @abstractmethod
+    def _greedy(self) -> Array: ...
 
 
 class OdmPaper(_Odm):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ class _Fixed(Mixer):
         super().start(info)
         self._weights = check_weights(self._compute(info), info.num_domains)
 
-    def _compute(self, info: RunInfo) -> object:
-        raise NotImplementedError
+    @abstractmethod
+    def _compute(self, info: RunInfo) -> object: ...
 
     def weights(self) -> Array:
         """The same mixture (K,) at every step."""

@@ -4,7 +4,7 @@ import pytest
 from acodm_env.errors import ConfigError
 from acodm_env.interaction import InteractionConfig, InteractionTracker
 from acodm_env.trainer import StepStats
-from toy import ToyGradients, ToyTrainer
+from toy import ToyGradients
 
 
 class FixedGram:
@@ -119,4 +119,3 @@ def test_gram_is_formed_after_the_gradients_are_summed():
     one = ToyGradients(np.array([[1.0, 0.0], [0.0, 1.0]]), np.ones(2))
     other = ToyGradients(np.array([[-1.0, 0.0], [0.0, 1.0]]), np.ones(2))
     np.testing.assert_allclose((one + other).gram()[0], [[0, 0], [0, 1]])
-    assert ToyTrainer.provides

@@ -64,6 +64,12 @@ def test_saved_and_loaded_policy_is_the_same(trainer, tmp_path):
     assert sorted(p.name for p in (tmp_path / "policy").iterdir()) == ["policy.json", "policy.safetensors"]
 
 
+def test_fingerprint_is_what_the_policy_does_not_where_it_comes_from(trainer):
+    policy = make_policy(trainer.info)
+    assert policy.fingerprint == make_policy(trainer.info, provenance={"git_commit": "other"}).fingerprint
+    assert policy.fingerprint != make_policy(trainer.info, clip=9.0).fingerprint
+
+
 def edit_json(folder, **changes):
     file = folder / "policy.json"
     file.write_text(json.dumps(read_json(file) | changes))

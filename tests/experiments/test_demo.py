@@ -63,6 +63,28 @@ def test_second_run_reprints_without_training(finished, tiny_corpus, capsys):
     assert (finished / "result.json").stat().st_mtime_ns == before
 
 
+def test_interrupted_demo_goes_on_to_the_same_result(finished, tiny_corpus, tmp_path, monkeypatch):
+    from acodm_env.experiments import transfer
+
+    run_mixer, started = transfer.run_mixer, []
+
+    def interrupt(*arguments, **options):
+        started.append(1)
+        if len(started) == 3:
+            raise KeyboardInterrupt
+        run_mixer(*arguments, **options)
+
+    monkeypatch.setattr(transfer, "run_mixer", interrupt)
+    assert demo("--corpus", tiny_corpus, "--out", tmp_path / "demo", "--quiet") == 1
+    monkeypatch.undo()
+    assert demo("--corpus", tiny_corpus, "--out", tmp_path / "demo", "--quiet") == 0
+    whole, cut = (json.loads((folder / "result.json").read_text()) for folder in (finished, tmp_path / "demo"))
+    for result in (whole, cut):
+        for mixer in result["mixers"].values():
+            mixer.pop("seconds_per_step")
+    assert whole["mixers"] == cut["mixers"]
+
+
 def test_folder_of_something_else_is_refused(tiny_corpus, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     assert demo("--corpus", tiny_corpus, "--out", tmp_path, "--fresh") == 2
