@@ -11,7 +11,7 @@ K is the number of training domains, M the number of held-out targets (usually t
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self, runtime_checkable
 
@@ -53,12 +53,53 @@ class RunInfo:
     """How gradients are measured: a policy that reads them fits only runs that measure them the same way."""
     corpus_fingerprint: str = ""
     """SHA-256 of the corpus, where there is one."""
+    objective: tuple[float, ...] = ()
+    """Weights (M,) of the held-out targets in the objective, summing to 1; empty: all equal."""
+    flops_per_token: float = 0.0
+    """Model FLOPs of training on one token, forward and backward; a third of it is the forward pass."""
+    eval_tokens: int = 0
+    """Tokens of one evaluation."""
     seed: int = 0
 
     @property
     def num_domains(self) -> int:
         """K."""
         return len(self.domains)
+
+    @property
+    def objective_weights(self) -> Array:
+        """(M,) weights of the held-out targets, summing to 1."""
+        return np.array(self.objective) if self.objective else np.full(len(self.targets), 1 / len(self.targets))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRequest:
+    """A run that a method needs before the one that it is judged by: a reference model, a proxy, a probe."""
+
+    name: str
+    """Its name among the method's requests."""
+    mixer: str
+    """Name of the mixer that drives it."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of that mixer: JSON values."""
+    steps: int
+    """Optimiser steps."""
+    reference: str | None = None
+    """Name of an earlier request whose final model scores the tokens (`StepStats.excess_losses`)."""
+    keep_model: bool = False
+    """Whether a later request refers to its final model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a preparatory run showed."""
+
+    mixture: Array
+    """(K,) time average of `StepStats.effective`."""
+    initial_losses: Array
+    """(M,) validation losses before the first step, nats."""
+    final_losses: Array
+    """(M,) validation losses after the last step, nats; NaN if the run diverged."""
 
 
 class GradientSums(Protocol):
@@ -105,6 +146,10 @@ class StepStats:
     """(num_layers,) RMS of their change since the previous decision, relative to the norm."""
     eval_losses: Array | None = None
     """(M,) mean validation losses in nats, if someone needs them."""
+    excess_losses: Array | None = None
+    """(K,) mean over tokens of max(loss − reference model's loss, 0), nats; NaN where a domain was not drawn."""
+    loss_weights: Array | None = None
+    """(K,) factors on the domains' token losses in this step, if any; over a window, the last step's."""
     loss: float = float("nan")
     """Mean loss over all tokens, nats."""
     grad_norm: float = float("nan")
@@ -113,12 +158,24 @@ class StepStats:
     diverged: bool = False
     """The loss or the gradient is not finite; the step was not applied."""
 
+    @property
+    def effective(self) -> Array:
+        """Mixture (K,) that the objective weighs the domains by: requested × loss weights, summing to 1."""
+        if self.loss_weights is None:
+            return self.requested
+        weighted: Array = self.requested * self.loss_weights
+        return weighted / weighted.sum()
+
 
 def merge(first: StepStats, second: StepStats) -> StepStats:
     """Sum two consecutive windows: gradients before their Gram matrix, losses weighted by tokens."""
     counts = first.counts + second.counts
     tokens = first.loss_tokens + second.loss_tokens
-    total = np.nan_to_num(first.losses) * first.loss_tokens + np.nan_to_num(second.losses) * second.loss_tokens
+
+    def mean(one: Array, other: Array) -> Array:
+        total = np.nan_to_num(one) * first.loss_tokens + np.nan_to_num(other) * second.loss_tokens
+        return np.divide(total, tokens, out=np.full_like(total, np.nan), where=tokens > 0)
+
     share = _steps(first) / (_steps(first) + _steps(second))
     weight = first.loss_tokens.sum() / max(tokens.sum(), 1.0)
     both = first.gradients is not None and second.gradients is not None
@@ -128,7 +185,10 @@ def merge(first: StepStats, second: StepStats) -> StepStats:
         counts=counts,
         realised=counts / max(counts.sum(), 1.0),
         loss_tokens=tokens,
-        losses=np.divide(total, tokens, out=np.full_like(total, np.nan), where=tokens > 0),
+        losses=mean(first.losses, second.losses),
+        excess_losses=None
+        if first.excess_losses is None or second.excess_losses is None
+        else mean(first.excess_losses, second.excess_losses),
         loss=weight * first.loss + (1 - weight) * second.loss,
         gradients=first.gradients + second.gradients if both else None,  # type: ignore[operator]
         diverged=first.diverged or second.diverged,
@@ -145,7 +205,7 @@ class Trainer(Protocol):
 
     info: RunInfo
     provides: frozenset[str]
-    """What it can measure: of "losses", "gram", "layers", "validation", "loss_weights"."""
+    """What it can measure: of "losses", "gram", "layers", "validation", "loss_weights", "excess"."""
     measure: frozenset[str]
     """What it does measure: set by whoever drives it to what somebody needs."""
 
@@ -173,8 +233,24 @@ class Mixer(ABC):
     """Proposes a mixture. Subclasses override `weights`, and `update` where they learn from the run."""
 
     name: str = "mixer"
+    paper: str = ""
+    """Where the method comes from, such as "arXiv 2305.10429"."""
     needs: frozenset[str] = frozenset()
+    """What it reads from a run: of `Trainer.provides`."""
+    dynamic: bool = True
+    """Whether the mixture may change during a run; a benchmark replays the time average of those that do."""
     info: RunInfo
+
+    def preparation(self, info: RunInfo) -> Sequence[RunRequest]:
+        """Runs that must be made, and paid for, before one like `info` can start; none by default."""
+        return ()
+
+    def prepare(self, results: Mapping[str, RunResult]) -> None:  # noqa: B027
+        """Take in the results of `preparation`'s requests, by name; called before `start`."""
+
+    def due(self, step: int) -> bool:
+        """Whether the held-out losses are wanted after optimiser step `step`, where `needs` has "validation"."""
+        return step % self.info.decision_every == 0
 
     def start(self, info: RunInfo) -> None:
         """Begin a run; forget everything of an earlier one."""
@@ -226,7 +302,7 @@ def drive(trainer: Trainer, mixer: Mixer, num_steps: int) -> Iterator[StepStats]
     require(trainer, mixer.needs, f"mixer={mixer.name}")
     for _ in range(num_steps):
         stats = trainer.step(mixer.weights(), mixer.loss_weights())
-        if "validation" in mixer.needs and stats.step % trainer.info.decision_every == 0:
+        if "validation" in mixer.needs and not stats.diverged and mixer.due(stats.step):
             stats = replace(stats, eval_losses=trainer.evaluate("validation"))
         mixer.update(stats)
         yield stats

@@ -12,7 +12,7 @@ from typing import Any
 
 from acodm_env.corpus import open_corpus
 from acodm_env.errors import ConfigError, unknown
-from acodm_env.experiments import report
+from acodm_env.experiments import results
 from acodm_env.experiments.console import listing, say
 from acodm_env.experiments.export import export_from
 from acodm_env.experiments.forecast import forecast_seconds
@@ -89,7 +89,7 @@ def _run_stages(config: DemoConfig, folder: RunFolder) -> None:
         export_from(make_learner(train_config), train_config, which, out / name)
     _step(config, started, f"4/4 the target under {len(MIXERS)} mixers")
     runs = {name: _run_target(target, name, out) for name in MIXERS}
-    report.draw(runs, out / "report.png", f"{target.target} target on {config.corpus}, seed {config.seed}")
+    results.draw(runs, out / "report.png", f"{target.target} target on {config.corpus}, seed {config.seed}")
     write_json(out / "result.json", _result(runs, learned, train_config, target, store.fingerprint))
 
 
@@ -119,7 +119,7 @@ def _result(
     order = sorted(runs, key=lambda name: name != "policy")
     return {
         "reference": REFERENCE,
-        "mixers": {name: report.mixer_result(runs[name], runs[REFERENCE]) for name in order},
+        "mixers": {name: results.mixer_result(runs[name], runs[REFERENCE]) for name in order},
         "learning": {key: learned[key] for key in ("tokens", "seconds", "episodes", "transitions")},
         "corpus_fingerprint": fingerprint,
         "config": {"learning": learned["config"], "target": runs[REFERENCE].config},
@@ -141,11 +141,11 @@ def summary(result: dict[str, Any]) -> str:
     return "\n".join(
         [
             "",
-            report.table(result["mixers"], result["reference"], learning),
+            results.table(result["mixers"], result["reference"], learning),
             "",
             cost,
             "",
-            *report.verdicts(result["mixers"]),
+            *results.verdicts(result["mixers"]),
             "",
         ]
     )

@@ -174,6 +174,7 @@ def _stats_record(stats: StepStats, seconds: float) -> dict[str, Any]:
         "requested": _plain(stats.requested),
         "realised": _plain(stats.realised),
         "losses": _plain(stats.losses),
+        "loss_weights": None if stats.loss_weights is None else _plain(stats.loss_weights),
         "epochs": _plain(stats.epochs),
         "loss": _plain(np.array(stats.loss)),
         "grad_norm": _plain(np.array(stats.grad_norm)),

@@ -7,7 +7,7 @@ from acodm_env.agents.baselines import make_mixer
 from acodm_env.corpus import TokenStore, open_corpus
 from acodm_env.errors import ConfigError
 from acodm_env.experiments.console import listing, progress, say
-from acodm_env.experiments.report import mixer_result
+from acodm_env.experiments.results import mixer_result
 from acodm_env.experiments.runs import RunFolder, open_run, run_mixer
 from acodm_env.files import write_json
 from acodm_env.policy import Policy, PolicyMixer, scaled_interval

@@ -14,14 +14,14 @@ corpus whose held-out text was trained on is refused (method: train and test sha
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from acodm_env.errors import DataError, unknown
+from acodm_env.errors import ConfigError, DataError, unknown
 from acodm_env.files import read_json, sha256
 
 FORMAT_VERSION = 1
@@ -100,8 +100,23 @@ class TokenStore:
             _verified.add(state)
         return store
 
-    def __reduce__(self) -> tuple[Callable[[str, str], "TokenStore"], tuple[str, str]]:
-        return _reopen, (str(self.path), self.fingerprint)
+    def subset(self, domains: Sequence[str]) -> "TokenStore":
+        """The store as if it held nothing but `domains`, in that order.
+
+        Raises:
+            ConfigError: none given, one twice, or one that is not there.
+        """
+        if not domains or len(set(domains)) != len(domains):
+            raise ConfigError(f"domains={','.join(domains)}: must name at least one domain, each once")
+        for name in domains:
+            if name not in self.domains:
+                unknown("domain", name, self.domains)
+        entries = {entry["name"]: entry for entry in self.record["domains"]}
+        record = {**self.record, "domains": [entries[name] for name in domains]}
+        return TokenStore(self.path, {**record, "fingerprint": fingerprint(record)})
+
+    def __reduce__(self) -> tuple[Callable[[str, tuple[str, ...], str], "TokenStore"], tuple[Any, ...]]:
+        return _reopen, (str(self.path), self.domains, self.fingerprint)
 
     def tokens(self, domain: str, split: str) -> "np.memmap[Any, Any]":
         """All token ids of a domain in a split (N,), memory-mapped and read-only.
@@ -228,9 +243,11 @@ class TokenStore:
                 )
 
 
-def _reopen(path: str, fingerprint: str) -> TokenStore:
+def _reopen(path: str, domains: tuple[str, ...], fingerprint: str) -> TokenStore:
     """Open a pickled store again; its checksums were compared when it was first opened."""
     store = TokenStore.open(path, verify=False)
+    if store.domains != domains:
+        store = store.subset(domains)
     if store.fingerprint != fingerprint:
         raise DataError(f"corpus={path}: must have fingerprint {fingerprint[:12]}…; it was replaced while in use")
     return store

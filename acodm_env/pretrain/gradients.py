@@ -88,6 +88,12 @@ class DomainGradients:
         out = self.buffers.take(tuple(self.sums.shape), self.sums.device)
         return DomainGradients(torch.add(self.sums, other.sums, out=out), self.tokens + other.tokens, self.buffers)
 
+    def unweighted(self, factors: Array) -> "DomainGradients":
+        """The gradients of the plain losses, where domain i's was multiplied by factors[i] (K,); 0 leaves none."""
+        scale = np.divide(1.0, factors, out=np.zeros(len(factors)), where=np.asarray(factors) > 0)
+        self.sums.mul_(torch.from_numpy(scale).to(self.sums)[:, None, None])
+        return DomainGradients(self.sums, np.where(scale[:, None] > 0, self.tokens, 0.0), self.buffers)
+
     def gram(self) -> tuple[Array, Array]:
         """Gram matrix H (K, K) of the domains' mean gradients, and their noise power ‖g_i‖² − H_ii (K,).
 

@@ -59,6 +59,20 @@ def build_model(name: str, vocab_size: int, sequence_length: int, seed: int) -> 
     return model
 
 
+def flops_per_token(model: nn.Module, sequence_length: int) -> float:
+    """Model FLOPs of training on one token, forward and backward: 6N + 12·layers·width·length.
+
+    N leaves out the input embedding, which multiplies nothing; the second term is attention's, not halved for
+    causality (PaLM, arXiv 2204.02311, appendix B).
+    """
+    inputs = model.get_input_embeddings()  # type: ignore[operator]
+    tied = inputs.weight is getattr(model.get_output_embeddings(), "weight", None)  # type: ignore[operator]
+    num_parameters = sum(p.numel() for p in model.parameters()) - (0 if tied else inputs.weight.numel())
+    config: Any = model.config
+    attention = 12 * getattr(config, "num_hidden_layers", 0) * getattr(config, "hidden_size", 0) * sequence_length
+    return float(6 * num_parameters + attention)
+
+
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """Torch's CPU generator set to `seed` inside the block and put back after it; CUDA's are not touched."""

@@ -19,6 +19,8 @@ _SUFFIXES = (".json", ".yaml", ".yml")
 class _Fixed(Mixer):
     """A mixture computed once, from what is known before the run."""
 
+    dynamic = False
+
     def start(self, info: RunInfo) -> None:
         """Compute the mixture."""
         super().start(info)

@@ -5,7 +5,7 @@ import pytest
 
 from acodm_env.agents.baselines import make_mixer
 from acodm_env.errors import ConfigError, DataError
-from acodm_env.experiments import report
+from acodm_env.experiments import results
 from acodm_env.experiments.mixture import interleave_call
 from acodm_env.experiments.runs import RunFolder, open_run, run_mixer
 from toy import ToyTrainer
@@ -20,26 +20,26 @@ def finished(path, best=(0.6, 0.3, 0.1), name="uniform", horizon=20):
 
 def test_first_crossing_is_log_linear_between_evaluations():
     steps, perplexity = np.array([0.0, 10.0, 20.0]), np.array([400.0, 100.0, 25.0])
-    assert report.first_crossing(steps, perplexity, 50.0) == pytest.approx(15.0)  # halfway in the logarithm
-    assert report.first_crossing(steps, perplexity, 100.0) == pytest.approx(10.0)
-    assert report.first_crossing(steps, perplexity, 500.0) == 0.0
-    assert report.first_crossing(steps, perplexity, 20.0) is None
+    assert results.first_crossing(steps, perplexity, 50.0) == pytest.approx(15.0)  # halfway in the logarithm
+    assert results.first_crossing(steps, perplexity, 100.0) == pytest.approx(10.0)
+    assert results.first_crossing(steps, perplexity, 500.0) == 0.0
+    assert results.first_crossing(steps, perplexity, 20.0) is None
 
 
 def test_the_reference_has_ratio_one_and_a_slower_run_null_or_more(tmp_path):
     reference = finished(tmp_path / "a", best=(1 / 3, 1 / 3, 1 / 3))  # falls by 0.1 a step
     slower = finished(tmp_path / "b", best=(1.0, 0.0, 0.0))  # falls by 0.0333 a step
-    result = report.mixer_result(reference, reference)
+    result = results.mixer_result(reference, reference)
     assert result["steps_to_reference_ratio"] == 1.0
     assert result["mean_loss_nats"] == pytest.approx(3.0)
     assert result["mean_perplexity"] == pytest.approx(np.exp(3.0))
     assert result["domain_loss_nats"].keys() == {"domain0", "domain1", "domain2"}
-    assert report.mixer_result(slower, reference)["steps_to_reference_ratio"] is None
-    assert report.mixer_result(reference, slower)["steps_to_reference_ratio"] == pytest.approx(1 / 3)
+    assert results.mixer_result(slower, reference)["steps_to_reference_ratio"] is None
+    assert results.mixer_result(reference, slower)["steps_to_reference_ratio"] == pytest.approx(1 / 3)
 
 
 def test_mean_perplexity_is_the_mean_of_exponentials():
-    assert report.mean_perplexity(np.log([[2.0, 8.0]])) == pytest.approx(5.0)
+    assert results.mean_perplexity(np.log([[2.0, 8.0]])) == pytest.approx(5.0)
 
 
 def result(loss, **domains):
@@ -53,7 +53,7 @@ def result(loss, **domains):
 
 
 def test_verdicts_say_plainly_who_loses():
-    lines = report.verdicts(
+    lines = results.verdicts(
         {
             "policy": result(2.0, a=2.0, b=2.0, c=2.0),
             "uniform": result(1.0, a=1.0, b=1.01, c=0.99),
@@ -67,12 +67,12 @@ def test_verdicts_say_plainly_who_loses():
     assert "beats worse" in lines[2]
     assert "diverged" in lines[3]
     assert lines[4] == "Of 5 runs policy comes number 2 by mean loss and number 1 by mean perplexity."
-    assert report.table({"gone": result(None, a=None)}, "uniform").count("diverged") == 1
+    assert results.table({"gone": result(None, a=None)}, "uniform").count("diverged") == 1
 
 
 def test_picture_shows_every_run(tmp_path):
     runs = {name: finished(tmp_path / name, name=name) for name in ("uniform", "odm-released")}
-    report.draw(runs, tmp_path / "report.png", "toy")
+    results.draw(runs, tmp_path / "report.png", "toy")
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "report.png").stat().st_size > 20_000
 
@@ -121,7 +121,7 @@ def test_config_records_versions_before_the_first_step(tmp_path):
 
 def test_time_averaged_mixture_and_interleave_probabilities_sum_to_one(tmp_path):
     folder = finished(tmp_path / "run")
-    mixtures = report.time_averaged(folder)
+    mixtures = results.time_averaged(folder)
     assert mixtures["time_averaged"]["domain1"] == pytest.approx(1 / 3)
     call = interleave_call(mixtures["final"], seed=3)
     scope = {}
