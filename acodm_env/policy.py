@@ -8,7 +8,7 @@ provenance, and the SHA-256 of the weights. numpy and safetensors are all it tak
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,19 @@ class Policy:
         for weight, bias, activation in self.layers:
             hidden = _ACTIVATIONS[activation](hidden @ weight.T + bias)
         return hidden
+
+    def untrained(self, rng: np.random.Generator) -> "Policy":
+        """The same policy with a freshly drawn actor: the control that tells learning from luck.
+
+        Weights and biases are U(−1/√n, 1/√n) for n inputs, torch's default for dense layers, with which SB3's
+        TD3, DDPG and SAC begin.
+        """
+        layers = []
+        for weight, bias, activation in self.layers:
+            bound = 1 / np.sqrt(weight.shape[1])
+            drawn = [rng.uniform(-bound, bound, size=array.shape).astype(np.float32) for array in (weight, bias)]
+            layers.append((drawn[0], drawn[1], activation))
+        return replace(self, layers=tuple(layers), provenance={**self.provenance, "checkpoint": "untrained"})
 
     def save(self, path: str | Path) -> Path:
         """Write the policy folder, atomically."""

@@ -63,6 +63,31 @@ def mixer_result(run: RunFolder, reference: RunFolder | None) -> dict[str, Any]:
     }
 
 
+def objective_result(run: RunFolder) -> dict[str, Any]:
+    """What a finished run of a benchmark leaves in `result.json`: final test losses under its objective.
+
+    The mean loss is Σ_j o_j·L_j, the mean perplexity Σ_j o_j·exp(L_j), over the held-out targets with weights o (M,);
+    the worst domain is the largest loss of a target with a positive weight. All null if the run diverged.
+    """
+    _, losses = curve(run)
+    records = run.lines("stats.jsonl")
+    diverged = bool(records[-1]["diverged"])
+    final = np.full(losses.shape[1], np.nan) if diverged else losses[-1]
+    weights = np.array(run.config["objective"])
+    return {
+        "targets": run.config["targets"],
+        "objective": run.config["objective"],
+        "domains": run.config["domains"],
+        "diverged": diverged,
+        "mean_loss_nats": _finite(final @ weights),
+        "mean_perplexity": _finite(np.exp(final) @ weights),
+        "worst_domain_loss_nats": _finite(final[weights > 0].max()),
+        "domain_loss_nats": {name: _finite(loss) for name, loss in zip(run.config["targets"], final, strict=True)},
+        "final_exploration": records[-1].get("exploration"),
+        "seconds_per_step": float(np.median([record["seconds"] for record in records])),
+    }
+
+
 def _finite(value: Any) -> float | None:
     return float(value) if np.isfinite(value) else None
 

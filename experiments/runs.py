@@ -127,11 +127,11 @@ def run_mixer(
 ) -> None:
     """Train to the horizon under `mixer`, logging into `folder` and resuming where an interruption left off.
 
-    Evaluates on the test split at least `evaluations` times, evenly spaced, at the start and at the end. A
-    checkpoint is taken at about every tenth of the run.
+    Evaluates on the test split at least `evaluations` times, evenly spaced, at the start and at the end; never if 0.
+    A checkpoint is taken at about every tenth of the run.
     """
     horizon, interval = trainer.info.horizon, trainer.info.decision_every
-    evaluate_every = max(1, horizon // evaluations)
+    evaluate_every = max(1, horizon // evaluations) if evaluations else 0
     save_every = interval * max(1, horizon // (10 * interval))
     trainer.reset(np.random.default_rng(seed))
     mixer.start(trainer.info)
@@ -141,11 +141,12 @@ def run_mixer(
         trainer.load_state_dict(state["trainer"])
         mixer.load_state_dict(state["mixer"])
     folder.rewind(trainer.steps_done)
-    if not folder.lines("eval.jsonl"):
+    if evaluations and not folder.lines("eval.jsonl"):
         _log_evaluation(folder, trainer, 0)
     for stats, seconds in _timed(drive(trainer, mixer, horizon - trainer.steps_done)):
         folder.append("stats.jsonl", _stats_record(stats, seconds) | mixer.diagnostics())
-        if stats.step % evaluate_every == 0 or stats.step == horizon or stats.diverged:
+        ended = stats.step == horizon or stats.diverged
+        if evaluations and (ended or stats.step % evaluate_every == 0):
             _log_evaluation(folder, trainer, stats.step)
         if stats.step % save_every == 0 and stats.step < horizon:
             write_state(checkpoint, {"trainer": trainer.state_dict(), "mixer": mixer.state_dict()})
@@ -175,6 +176,7 @@ def _stats_record(stats: StepStats, seconds: float) -> dict[str, Any]:
         "realised": _plain(stats.realised),
         "losses": _plain(stats.losses),
         "loss_weights": None if stats.loss_weights is None else _plain(stats.loss_weights),
+        "eval_losses": None if stats.eval_losses is None else _plain(stats.eval_losses),
         "epochs": _plain(stats.epochs),
         "loss": _plain(np.array(stats.loss)),
         "grad_norm": _plain(np.array(stats.grad_norm)),

@@ -73,6 +73,13 @@ def flops_per_token(model: nn.Module, sequence_length: int) -> float:
     return float(6 * num_parameters + attention)
 
 
+def flops_per_token_of(name: str, vocab_size: int, sequence_length: int) -> float:
+    """`flops_per_token` of a model that is not built: only its shapes are."""
+    with torch.device("meta"):
+        model = build_model(name, vocab_size, sequence_length, seed=0)
+    return flops_per_token(model, sequence_length)
+
+
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """Torch's CPU generator set to `seed` inside the block and put back after it; CUDA's are not touched."""
