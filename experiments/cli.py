@@ -5,11 +5,13 @@ Exit codes: 0 on success, 2 on a user's error (one line, no traceback), 1 otherw
 
 import errno
 import importlib
+import json
 import os
 import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from itertools import takewhile
 from typing import Any
 
 COMMANDS = {
@@ -18,6 +20,8 @@ COMMANDS = {
     "train": ("TrainConfig", "learn a mixing policy on a proxy model"),
     "export": ("ExportConfig", "write a learned agent as a policy folder"),
     "transfer": ("TransferConfig", "train a target under a policy or a baseline"),
+    "benchmark": ("BenchmarkConfig", "compare mixers over seeds, with intervals and costs"),
+    "report": ("ReportConfig", "compare runs on one page that opens in any browser"),
     "mixture": ("MixtureConfig", "print the mixture of a run"),
     "overhead": ("OverheadConfig", "measure what the gradient probe costs"),
     "doctor": ("DoctorConfig", "print versions, device, paths and problems"),
@@ -43,7 +47,7 @@ def _guarded(arguments: list[str]) -> int:
     from acodm_env.errors import AcodmError
 
     try:
-        _dispatch(arguments)
+        return _dispatch(arguments)
     except AcodmError as error:
         print(f"acodm: {error}", file=sys.stderr)
         return 2
@@ -59,25 +63,25 @@ def _guarded(arguments: list[str]) -> int:
             raise
         print(f"acodm: disk full while writing ({error}); free some space and run the same again", file=sys.stderr)
         return 2
-    return 0
 
 
-def _dispatch(arguments: list[str]) -> None:
+def _dispatch(arguments: list[str]) -> int:
+    """Run a command; its exit code is what its `run` returns, 0 if nothing."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())
-        return
+        return 0
     if arguments[0] == "--version":
         from acodm_env.version import __version__
 
         print(__version__)
-        return
+        return 0
     name, rest = arguments[0], arguments[1:]
     if name not in COMMANDS:
         from acodm_env.errors import unknown
 
         unknown("command", name, COMMANDS)
     module = importlib.import_module(f"acodm_env.experiments.{name}")
-    module.run(_parse(name, getattr(module, COMMANDS[name][0]), rest))
+    return int(module.run(_parse(name, getattr(module, COMMANDS[name][0]), rest)) or 0)
 
 
 def _overview() -> str:
@@ -107,8 +111,12 @@ def _parse(name: str, kind: type[Any], arguments: list[str]) -> Any:
 
 
 def _flags(kind: type[Any], arguments: list[str]) -> list[str]:
-    """Dashes to underscores, a switch such as `--fresh` to `--fresh=true`, a leading RUN to `--run RUN`."""
-    if arguments and not arguments[0].startswith("-") and "run" in {field.name for field in fields(kind)}:
+    """Dashes to underscores, `--fresh` to `--fresh=true`, a leading RUN to `--run RUN`, several to `--runs=[RUN, …]`."""
+    names = {field.name for field in fields(kind)}
+    leading = list(takewhile(lambda argument: not argument.startswith("-"), arguments))
+    if leading and "runs" in names:
+        arguments = [f"--runs={json.dumps(leading)}", *arguments[len(leading) :]]
+    elif leading and "run" in names:
         arguments = ["--run", *arguments]
     switches = {f"--{field.name}" for field in fields(kind) if field.type in (bool, "bool")}
     return [f"{flag}=true" if flag in switches else flag for flag in map(_dashes, arguments)]
