@@ -228,7 +228,8 @@ def is_dynamic(entry: Entry) -> bool:
 
 def index_of(cells: Sequence[Cell], schedule: str, row: str, seed: int) -> int:
     """Index of a target cell."""
-    return next(cell.index for cell in cells if (cell.schedule, cell.mixer, cell.seed) == (schedule, row, seed))
+    targets = (cell for cell in cells if cell.kind == "target")
+    return next(cell.index for cell in targets if (cell.schedule, cell.mixer, cell.seed) == (schedule, row, seed))
 
 
 def _requests(entry: Entry, info: RunInfo) -> tuple[RunRequest, ...]:

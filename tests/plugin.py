@@ -56,9 +56,7 @@ class Die(Wander):
 
 
 class TwoStage(Wander):
-    """Asks for a run, and plays its mixture: a static method with a preparation."""
-
-    dynamic = False
+    """Asks for two runs, and plays the mixture of the first."""
 
     def preparation(self, info: RunInfo) -> Sequence[RunRequest]:
         return [

@@ -63,7 +63,8 @@ class LMTrainer:
         self.store = store
         names, weights = _objective(objective, heldout_store or store)
         self._targets = (heldout_store or store).subset(names)
-        self._reference_state, self._reference = reference, None
+        self._reference_state = reference
+        self._reference: torch.nn.Module | None = None
         self.provides = PROVIDES | {"excess"} if reference is not None else PROVIDES
         self.accelerator = accelerator
         self.measure: frozenset[str] = frozenset({"losses"})
@@ -118,7 +119,7 @@ class LMTrainer:
             self.info,
             seed=data_seed,
             initial_layer_norms=tuple(_rms(layer) for layer in self._snapshot),
-            flops_per_token=flops_per_token(model, config.sequence_length),
+            flops_per_token=flops_per_token(self.bare_model, config.sequence_length),
         )
         self.steps_done = 0
 

@@ -1,4 +1,4 @@
-"""Mixtures that do not change: uniform, proportional to size, or given."""
+"""Mixtures that do not change: uniform, by size in three ways, or given."""
 
 import json
 import math
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from acodm_env.errors import ConfigError, unknown
@@ -38,6 +39,7 @@ class Uniform(_Fixed):
     """w_i = 1/K. No method for choosing mixtures beats it consistently (Aioli, arXiv 2411.05735)."""
 
     name = "uniform"
+    paper = "arXiv 1910.10683"  # T5, "equal mixing"
 
     def _compute(self, info: RunInfo) -> object:
         return [1.0] * info.num_domains
@@ -47,9 +49,71 @@ class Proportional(_Fixed):
     """w_i ∝ tokens of domain i: what shuffling all data together gives."""
 
     name = "proportional"
+    paper = "arXiv 1910.10683"  # T5, "examples-proportional mixing" without its limit
 
     def _compute(self, info: RunInfo) -> object:
         return info.sizes_tokens
+
+
+class Temperature(_Fixed):
+    """w_i ∝ n_i^(1/τ): proportional at τ = 1, uniform as τ grows.
+
+    The default is the exponent 0.3 of XLM-R (arXiv 1911.02116) and mT5 (arXiv 2010.11934). T5, which names the method,
+    has τ = 2 beside a limit on the sizes, which is left out here.
+    """
+
+    name = "temperature"
+    paper = "arXiv 1911.02116"
+
+    def __init__(self, tau: float = 1 / 0.3):
+        """Take τ, a positive number."""
+        self.tau = _positive("tau", tau)
+
+    def _compute(self, info: RunInfo) -> object:
+        sizes = np.array(info.sizes_tokens, dtype=np.float64)  # (K,)
+        # Relative to the largest, so that a small τ underflows to 0 and does not overflow.
+        return (sizes / max(sizes.max(), 1.0)) ** (1 / self.tau)
+
+
+class UniMax(_Fixed):
+    """As uniform as it can be while no domain is seen more than N times (algorithm 1).
+
+    From the smallest domain to the largest, each gets an equal share of the tokens left, b, but at most N of its
+    epochs: U = min(b, N·n); w = U/ΣU. Deviation: the paper counts characters, this counts tokens.
+    """
+
+    name = "unimax"
+    paper = "arXiv 2304.09151"
+
+    def __init__(self, max_epochs: float = 4.0, budget_tokens: float | None = None):
+        """Take the limits.
+
+        Args:
+            max_epochs: N, how often a domain may be seen. The paper tries 1, 5 and 10; four passes are still nearly as
+                good as fresh data (arXiv 2305.16264).
+            budget_tokens: C, tokens of the run; None: those of the run that it drives.
+        """
+        self.max_epochs = _positive("max_epochs", max_epochs)
+        self.budget_tokens = None if budget_tokens is None else _positive("budget_tokens", budget_tokens)
+
+    def _compute(self, info: RunInfo) -> object:
+        left = self.budget_tokens or float(info.batch_size * info.sequence_length * info.horizon)
+        sizes = np.array(info.sizes_tokens, dtype=np.float64)  # (K,)
+        self._check(left, float(sizes.sum()))
+        used = np.zeros_like(sizes)
+        for rank, domain in enumerate(np.argsort(sizes, kind="stable")):
+            used[domain] = min(left / (len(sizes) - rank), self.max_epochs * sizes[domain])
+            left -= used[domain]
+        return used
+
+    def _check(self, budget: float, available: float) -> None:
+        most = self.max_epochs * available
+        if budget > most:
+            enough = math.ceil(1000 * budget / max(available, 1.0)) / 1000
+            raise ConfigError(
+                f"max_epochs={self.max_epochs:g}: must be at least {enough:.3f}; the run takes {budget:.0f} tokens, "
+                f"{budget - most:.0f} more than {available:.0f} seen so often give; raise max_epochs, or train for less"
+            )
 
 
 class Static(_Fixed):
@@ -83,6 +147,12 @@ class Static(_Fixed):
         if missing:
             raise ConfigError(f"weights: must name every domain; missing {', '.join(missing)} (0 leaves one out)")
         return [_number(name, self._given[name]) for name in info.domains]
+
+
+def _positive(name: str, value: float) -> float:
+    if not (math.isfinite(value) and value > 0):
+        raise ConfigError(f"{name}={value}: must be a positive number")
+    return value
 
 
 def _number(name: str, value: object) -> float:

@@ -10,7 +10,8 @@ from acodm_env.files import read_state, write_state
 from acodm_env.trainer import Lagged, StepStats, drive
 from toy import ToyTrainer
 
-BANDITS = ("odm-paper", "odm-released", "exp3", "exp3-classical")
+RESCALED = ("odm-paper-rescaled", "odm-released-rescaled")
+BANDITS = ("odm-paper", "odm-released", *RESCALED, "exp3", "exp3-classical")
 LOSSES_22 = np.linspace(2.0, 3.68, 22)
 
 
@@ -152,6 +153,55 @@ def test_both_odm_warm_up_for_two_per_cent_unless_told_otherwise():
     assert [make_mixer(name).smoothing for name in ("odm-paper", "odm-released")] == [0.9, 0.5]
 
 
+@pytest.mark.parametrize("name", RESCALED)
+def test_rescaled_at_the_published_horizon_equals_the_plain_rule_exactly(name):
+    rescaled = started(name, 5, horizon=41_667)
+    plain = started(name.removesuffix("-rescaled"), 5, horizon=41_667)
+    for losses in np.random.default_rng(0).uniform(1, 6, size=(200, 5)):
+        np.testing.assert_array_equal(seen(rescaled, losses), seen(plain, losses))
+        assert rescaled.exploration() == plain.exploration()
+
+
+@pytest.mark.parametrize("name", RESCALED)
+@pytest.mark.parametrize("horizon", [300, 5000])
+def test_rescaled_ends_with_the_published_exploration_at_any_horizon(name, horizon):
+    mixer, plain = (started(form, 22, horizon=horizon) for form in (name, name.removesuffix("-rescaled")))
+    mixer.updates = plain.updates = horizon
+    assert mixer.diagnostics()["exploration"] == pytest.approx(22 * exploration_rate(41_667, 22))
+    assert mixer.diagnostics()["exploration"] == pytest.approx(0.040, abs=5e-4)
+    assert plain.diagnostics()["exploration"] == pytest.approx({300: 0.476, 5000: 0.117}[horizon], abs=5e-4)
+
+
+def test_rescaled_by_hand():
+    mixer = started("odm-paper-rescaled", 2, horizon=100, reference_horizon=400)  # update t counts as 4t
+    first = seen(mixer, [1.0, 2.0])  # R = (0.2, 0.4), ε_0 = 1/2, ε at 4 = √(ln 2 / 8)
+    epsilon = math.sqrt(math.log(2) / 8)
+    assert first[0] == pytest.approx((1 - 2 * epsilon) / (1 + math.exp(0.5 * 0.2)) + epsilon)
+    rewards = [0.9 * 0.2 + 0.1 / first[0], 0.9 * 0.4 + 0.2 / first[1]]
+    now = math.sqrt(math.log(2) / 16)
+    second = seen(mixer, [1.0, 2.0])
+    assert second[0] == pytest.approx((1 - 2 * now) / (1 + math.exp(epsilon * (rewards[1] - rewards[0]))) + now)
+
+
+@pytest.mark.parametrize("name", RESCALED)
+def test_rescaled_holds_its_warm_up_by_the_plain_step(name):
+    mixer = started(name, 2, horizon=200, warmup_frac=0.02)
+    for _ in range(4):
+        assert seen(mixer, [1.0, 3.0]) == pytest.approx([0.5, 0.5])
+    assert seen(mixer, [1.0, 3.0])[1] > 0.5
+
+
+@pytest.mark.parametrize("name", RESCALED)
+@pytest.mark.parametrize("num_domains", [2, 22, 64, 256])
+def test_rescaled_exploration_is_at_most_everything_and_falls_after_k_ln_k(name, num_domains):
+    mixer = started(name, num_domains, horizon=300)
+    turn = num_domains * math.log(num_domains)
+    for t in range(301):
+        mixer.updates = t
+        assert mixer.exploration() <= 1
+        assert (mixer.exploration() < 1) == (t * 41_667 / 300 > turn)
+
+
 # --- the traps ---------------------------------------------------------------------------------------------
 
 
@@ -284,6 +334,8 @@ def test_one_domain_is_a_mixture_too():
         ("odm-paper", {"smoothing": 1.0}),
         ("odm-released", {"smoothing": math.nan}),
         ("odm-released", {"warmup_frac": -0.1}),
+        ("odm-paper-rescaled", {"reference_horizon": 0}),
+        ("odm-released-rescaled", {"reference_horizon": -1}),
         ("exp3-classical", {"exploration": 0.0}),
         ("exp3", {"loss_scale": 0.0}),
     ],

@@ -121,8 +121,77 @@ def test_a_binary_file_is_refused_by_name(tmp_path):
         weights_of("static", weights=str(path))
 
 
-def test_the_callers_copy_is_its_own():
-    mixer = make_mixer("uniform")
+@pytest.mark.parametrize("name", ["uniform", "temperature", "unimax"])
+def test_the_callers_copy_is_its_own(name):
+    mixer = make_mixer(name, **({"budget_tokens": 100} if name == "unimax" else {}))
     mixer.start(INFO)
     mixer.weights()[:] = 0.0
     assert mixer.weights().sum() == pytest.approx(1.0)
+    assert mixer.dynamic is False
+
+
+# --- temperature -------------------------------------------------------------------------------------------
+
+
+def sized(name, sizes, **options):
+    """Weights of a mixer over domains of `sizes` tokens; the run itself takes 64·5·20 = 6,400."""
+    names = tuple(f"domain{i}" for i in range(len(sizes)))
+    mixer = make_mixer(name, **options)
+    mixer.start(replace(INFO, domains=names, targets=names, sizes_tokens=tuple(sizes)))
+    return mixer.weights().tolist()
+
+
+def test_temperature_by_hand():
+    assert sized("temperature", [900, 100], tau=2) == pytest.approx([0.75, 0.25])  # √900 : √100
+    assert sized("temperature", [600, 300, 100], tau=1) == pytest.approx([0.6, 0.3, 0.1])
+    assert sized("temperature", [900, 100], tau=1e9) == pytest.approx([0.5, 0.5])
+    assert sized("temperature", [1000, 1]) == pytest.approx([1000**0.3 / (1000**0.3 + 1), 1 / (1000**0.3 + 1)])
+
+
+def test_temperature_survives_extremes():
+    assert sized("temperature", [10**12, 10**11], tau=0.001) == [1.0, 0.0]
+    assert sized("temperature", [1000, 0], tau=2) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("tau", [0.0, -1.0, float("nan"), float("inf")])
+def test_bad_temperature_is_refused(tau):
+    with pytest.raises(ConfigError, match="tau="):
+        make_mixer("temperature", tau=tau)
+
+
+# --- UniMax ------------------------------------------------------------------------------------------------
+
+
+def test_unimax_golden():
+    tokens = {"swe": 179955884499, "fas": 184595788282, "ekk": 42541080893, "isl": 10027573389, "fao": 549707867}
+    weights = dict(zip(tokens, sized("unimax", tokens.values(), max_epochs=4, budget_tokens=250e9), strict=True))
+    third = 0.276921166635
+    expected = {"fao": 0.008795325872, "isl": 0.160441174224, "ekk": third, "swe": third, "fas": third}
+    assert weights == pytest.approx(expected, abs=1e-12)
+
+
+def test_unimax_takes_the_runs_own_budget():
+    # 6,400 tokens: 100·4 = 400 for the smallest, then (6,400 − 400)/2 = 3,000 for each of the others
+    assert sized("unimax", [9000, 100, 8000]) == pytest.approx([3000 / 6400, 400 / 6400, 3000 / 6400])
+    assert sized("unimax", [9000, 100, 8000], max_epochs=1) == pytest.approx([3150 / 6400, 100 / 6400, 3150 / 6400])
+
+
+def test_unimax_with_plenty_is_uniform_and_with_no_slack_proportional():
+    assert sized("unimax", [10**6, 10**7, 10**8]) == pytest.approx([1 / 3] * 3)
+    assert sized("unimax", [60, 30, 10], max_epochs=2, budget_tokens=200) == pytest.approx([0.6, 0.3, 0.1])
+
+
+def test_unimax_refuses_a_budget_that_cannot_be_spent_and_its_advice_works():
+    with pytest.raises(ConfigError, match=r"max_epochs=4: must be at least 6\.400; .*6400 tokens, 2400 more than 1000"):
+        sized("unimax", [600, 300, 100])
+    assert sized("unimax", [600, 300, 100], max_epochs=6.4) == pytest.approx([0.6, 0.3, 0.1])
+
+
+@pytest.mark.parametrize("options", [{"max_epochs": 0}, {"max_epochs": float("nan")}, {"budget_tokens": -1.0}])
+def test_bad_options_of_unimax_are_refused(options):
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        make_mixer("unimax", **options)
+
+
+def test_unimax_leaves_out_a_domain_without_tokens():
+    assert sized("unimax", [0, 6400, 6400]) == pytest.approx([0.0, 0.5, 0.5])

@@ -1,0 +1,338 @@
+"""The report's figures as plotly JSON: curves with bands, small multiples, forests of intervals, mixtures over time.
+
+Every function takes plain numbers; what they mean is decided in report_data.py. A figure may carry a "phone" entry:
+changes to its layout where the page is narrow.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from acodm_env.experiments.figure_style import (
+    BETTER,
+    MUTED,
+    NEUTRAL,
+    WORSE,
+    Figure,
+    Style,
+    axis,
+    layout,
+    rgba,
+    rounded,
+    text,
+)
+from acodm_env.trainer import Array
+
+MAX_BANDS = 8
+"""Bands of more series than that hide each other: they are left to the small multiples."""
+MAX_MIXTURE_POINTS = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """A mean over seeds with its 95 % band."""
+
+    name: str
+    tokens: Array
+    """(E,)"""
+    mean: Array
+    """(E,)"""
+    low: Array
+    """(E,) NaN where one seed gives no interval."""
+    high: Array
+    """(E,)"""
+    num_seeds: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A line of a forest plot."""
+
+    name: str
+    mean: float | None
+    """None: there is no number; `note` says why, and an arrow points beyond the axis."""
+    low: float | None = None
+    high: float | None = None
+    verdict: str = ""
+    """"better", "worse", or anything else for neither."""
+    note: str = ""
+    """Printed at the right."""
+
+
+def curves_figure(
+    curves: Sequence[Curve], styles: Mapping[str, Style], *, y_title: str, log: bool = False
+) -> Figure:
+    """All mixers in one frame, from a tenth of the run on; a legend entry isolates its mixer by a double click."""
+    banded = len(curves) <= MAX_BANDS
+    data: list[dict[str, Any]] = []
+    for curve in curves:
+        style = styles[curve.name]
+        if banded:
+            data += _band(curve, style)
+        data.append(_line(curve, style, f"%{{y:.4f}} · {curve.num_seeds} seed{'s' if curve.num_seeds != 1 else ''}"))
+    low, high = _frame(curves)
+    lines = -(-len(curves) // 2)
+    ends = np.log10([low, high]) if log else np.array([low, high])
+    shown = layout(
+        max(440, 60 + 21 * len(curves)),
+        xaxis=_token_axis(curves, "training tokens"),
+        yaxis=axis(y_title, type="log" if log else "linear", range=rounded(ends, 6), **(_log_ticks(low, high) if log else {})),
+        showlegend=True,
+        legend={"x": 1.01, "y": 1, "yanchor": "top", "font": {"size": 12}, "itemwidth": 44, "tracegroupgap": 0},
+    )
+    below = {"orientation": "h", "x": 0, "xanchor": "left", "y": -0.22, "yanchor": "top", "entrywidth": 0.5}
+    phone = {
+        "height": 330 + 21 * lines,
+        "legend": {**shown["legend"], **below, "entrywidthmode": "fraction", "font": {"size": 11}},
+    }
+    return {"data": data, "layout": shown, "phone": phone}
+
+
+def _line(curve: Curve, style: Style, hover: str) -> dict[str, Any]:
+    return {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "name": text(curve.name),
+        "legendgroup": text(curve.name),
+        "x": rounded(curve.tokens, 7),
+        "y": rounded(curve.mean),
+        "line": {"color": style.color, "dash": style.dash, "width": 1.8},
+        "marker": {"symbol": style.symbol, "size": 7, "maxdisplayed": 9},
+        "hovertemplate": f"%{{x:.3s}} tokens: {hover}",
+    }
+
+
+def _band(curve: Curve, style: Style) -> list[dict[str, Any]]:
+    """The 95 % band as one closed outline; nothing where one seed gives no interval."""
+    known = np.isfinite(curve.low) & np.isfinite(curve.high)
+    if not known.any():
+        return []
+    x, low, high = curve.tokens[known], curve.low[known], curve.high[known]
+    return [
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "x": rounded([*x, *x[::-1]], 7),
+            "y": rounded([*high, *low[::-1]]),
+            "fill": "toself",
+            "fillcolor": rgba(style.color, 0.15),
+            "line": {"width": 0},
+            "hoverinfo": "skip",
+            "showlegend": False,
+            "legendgroup": text(curve.name),
+        }
+    ]
+
+
+def _frame(curves: Sequence[Curve]) -> tuple[float, float]:
+    """Vertical range of the curves after the first tenth of the run, with a little air."""
+    end = max(float(curve.tokens[-1]) for curve in curves)
+    later = [curve.mean[curve.tokens >= 0.1 * end] for curve in curves]
+    values = np.concatenate([*later, *(curve.mean[-1:] for curve in curves)])
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return 0.5, 2.0
+    low, high = float(values.min()), float(values.max())
+    return low * 0.985, max(high * 1.01, low * 1.02)
+
+
+def _token_axis(curves: Sequence[Curve], title: str, **settings: Any) -> dict[str, Any]:
+    end = max((float(curve.tokens[-1]) for curve in curves), default=1.0)
+    return axis(title, range=[0, end * 1.02 or 1.0], tickformat="~s", **settings)
+
+
+def _log_ticks(low: float, high: float) -> dict[str, Any]:
+    """Round numbers on a logarithmic axis, spaced so that their labels never touch."""
+    spaced, last = [], 0.0
+    for power in range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1):
+        for digit in (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9):
+            value = digit * 10.0**power
+            if low <= value <= high and (not last or np.log(value / last) > np.log(high / low) / 12):
+                spaced.append(value)
+                last = value
+    return {"tickvals": spaced, "ticktext": [f"{value:g}" for value in spaced]}
+
+
+def difference_figure(curve: Curve, style: Style, *, span: float, unit: str, height: int = 150) -> Figure:
+    """One small multiple: a mixer's difference to the baseline over the run, on the vertical scale of all others."""
+    shown = layout(
+        height,
+        xaxis=_token_axis([curve], "", nticks=4),
+        yaxis=axis("", range=[-span, span], nticks=5, zeroline=True, zerolinecolor=NEUTRAL, zerolinewidth=1),
+        margin={"l": 8, "r": 14, "t": 6, "b": 4, "pad": 0},
+    )
+    data = [*_band(curve, style), _line(curve, style, f"%{{y:+.3~g}} {unit}")]
+    data[-1]["marker"] |= {"size": 5, "maxdisplayed": 6}
+    data[-1]["line"] |= {"width": 1.6, "dash": "solid"}
+    return {"data": data, "layout": shown}
+
+
+def difference_span(curves: Sequence[Curve]) -> float:
+    """Half the vertical range that all small multiples share: the largest mean or bound in the last 70 % of the run."""
+    values = [1e-9]
+    for curve in curves:
+        late = curve.tokens >= 0.3 * curve.tokens[-1]
+        for series in (curve.mean, curve.low, curve.high):
+            known = np.abs(series[late])
+            values += known[np.isfinite(known)].tolist()
+    ordered = np.sort(values)
+    return float(1.08 * ordered[int(0.985 * (len(ordered) - 1))])
+
+
+def forest_figure(rows: Sequence[Row], *, x_title: str, line: float | None = 0.0, log: bool = False) -> Figure:
+    """Means with their intervals, one row each, best on top; shape and colour say which interval leaves `line` out."""
+    ends = [x for row in rows for x in (row.mean, row.low, row.high) if x is not None]
+    ends += [] if line is None else [line]
+    low, high = _padded(ends, log)
+    positions = {row.name: len(rows) - 1 - i for i, row in enumerate(rows)}
+    data = [
+        _points(group, positions, verdict, high)
+        for verdict in ("better", "worse", "", "none")
+        if (group := [row for row in rows if _verdict_of(row) == verdict])
+    ]
+    shapes = [] if line is None else [_vertical(line)]
+    longest = max((len(row.note) for row in rows), default=0)
+    margin = {"l": 8, "t": 6, "b": 8, "pad": 0, "r": 14 + round(6.3 * longest)}
+    ticks = {"tickvals": [*positions.values()], "ticktext": [text(name) for name in positions]}
+    x_range = rounded(np.log10([low, high]) if log else [low, high], 6)
+    extra: dict[str, Any] = _log_ticks(low, high) if log else {"nticks": 6, "tickformat": "~g"}
+    shown = layout(
+        78 + 25 * len(rows),
+        xaxis=axis(x_title, range=x_range, type="log" if log else "linear", **extra),
+        yaxis=axis("", range=[-0.6, len(rows) - 0.4], fixedrange=True, **ticks) | {"showline": False, "ticks": ""},
+        shapes=shapes,
+        annotations=[_note(row, positions[row.name]) for row in rows if row.note],
+        margin=margin,
+        hovermode="closest",
+    )
+    return {"data": data, "layout": shown, "phone": _narrow(shown)}
+
+
+def _narrow(shown: Figure) -> dict[str, Any]:
+    """On a phone the notes are smaller, and long ones leave out their interval."""
+    notes = [{**note, "text": note["text"].split("  ")[0], "font": {"size": 10.5}} for note in shown["annotations"]]
+    longest = max((len(note["text"]) for note in notes), default=0)
+    names = {**shown["yaxis"], "tickfont": {"size": 10.5}}
+    values = {**shown["xaxis"]} if "tickvals" in shown["xaxis"] else {**shown["xaxis"], "nticks": 4}
+    margin = {**shown["margin"], "r": 12 + round(5.6 * longest)}
+    return {"annotations": notes, "yaxis": names, "xaxis": values, "margin": margin}
+
+
+def _padded(ends: Sequence[float], log: bool) -> tuple[float, float]:
+    if not ends:
+        return (0.5, 2.0) if log else (-1.0, 1.0)
+    low, high = min(ends), max(ends)
+    if log:
+        return low / 1.08 ** (1 + (low == high)), high * 1.08 ** (1 + (low == high))
+    air = 0.06 * (high - low) or max(abs(high), 1e-3)
+    return low - air, high + air
+
+
+def _verdict_of(row: Row) -> str:
+    if row.mean is None:
+        return "none"
+    return row.verdict if row.verdict in ("better", "worse") else ""
+
+
+MARKS = {
+    "better": (BETTER, "triangle-left", "better"),
+    "worse": (WORSE, "triangle-right", "worse"),
+    "": (MUTED, "circle-open", "no difference shown"),
+    "none": (MUTED, "arrow-right-open", "beyond the axis"),
+}
+
+
+def _points(rows: Sequence[Row], positions: Mapping[str, int], verdict: str, edge: float) -> dict[str, Any]:
+    """The rows of one verdict, as a trace; those without a number at the right `edge`."""
+    color, symbol, label = MARKS[verdict]
+    mean = [edge if row.mean is None else row.mean for row in rows]
+    high = [0.0 if row.high is None else row.high - x for row, x in zip(rows, mean, strict=True)]
+    low = [0.0 if row.low is None else x - row.low for row, x in zip(rows, mean, strict=True)]
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": label,
+        "x": rounded(mean, 6),
+        "y": [positions[row.name] for row in rows],
+        "marker": {"color": color, "symbol": symbol, "size": 11, "line": {"width": 1.8, "color": color}},
+        "error_x": {
+            "type": "data",
+            "symmetric": False,
+            "array": rounded(high),
+            "arrayminus": rounded(low),
+            "color": color,
+            "thickness": 2,
+            "width": 4,
+        },
+        "cliponaxis": False,
+        "text": [text(f"{row.name}: {row.note or label}") for row in rows],
+        "hovertemplate": "%{text}<extra></extra>",
+    }
+
+
+def _vertical(at: float) -> dict[str, Any]:
+    line = {"color": NEUTRAL, "width": 1}
+    return {"type": "line", "x0": at, "x1": at, "y0": 0, "y1": 1, "yref": "paper", "line": line, "layer": "below"}
+
+
+def _note(row: Row, position: int) -> dict[str, Any]:
+    anchor = {"xref": "paper", "x": 1, "xanchor": "left", "xshift": 10, "yref": "y", "y": position}
+    return anchor | {"text": text(row.note), "showarrow": False, "align": "left", "font": {"size": 11.5}}
+
+
+def mixture_figure(
+    tokens: Array, requested: Array, realised: Array, styles: Mapping[str, Style], *, height: int = 210
+) -> Figure:
+    """One small multiple: requested mixture solid, realised dotted and smoothed; a marker per domain on both.
+
+    Args:
+        tokens: (steps,) after each step.
+        requested: (steps, K).
+        realised: (steps, K).
+        styles: of the K domains, in order.
+        height: pixels.
+    """
+    points = max(40, MAX_MIXTURE_POINTS * 8 // max(8, requested.shape[1]))
+    at, asked = thin(tokens[:, None], points)[:, 0], thin(requested, points)
+    drawn = thin(smoothed(realised, max(1, len(tokens) // 25)), points)
+    data = []
+    for series, dash, word in ((drawn, "dot", "realised"), (asked, "solid", "requested")):
+        for k, (name, style) in enumerate(styles.items()):
+            data.append(
+                {
+                    "type": "scatter",
+                    "mode": "lines+markers" if dash == "solid" else "lines",
+                    "name": text(name),
+                    "x": rounded(at, 4),
+                    "y": rounded(series[:, k], 3),
+                    "line": {"color": style.color, "width": 1.6 if dash == "solid" else 1.2, "dash": dash},
+                    "marker": {"symbol": style.symbol, "size": 6, "maxdisplayed": 5},
+                    "opacity": 1 if dash == "solid" else 0.75,
+                    "hovertemplate": f"%{{y:.1%}} {word}",
+                }
+            )
+    top = float(np.nanmax([asked.max(), drawn.max(), 1e-3]))
+    shown = layout(
+        height,
+        xaxis=axis("", range=[0, float(at[-1]) * 1.02], tickformat="~s", nticks=4),
+        yaxis=axis("", range=[0, 1.08 * top], tickformat=".0%" if top > 0.05 else ".1%", nticks=5),
+        margin={"l": 8, "r": 14, "t": 6, "b": 4, "pad": 0},
+    )
+    return {"data": data, "layout": shown}
+
+
+def thin(values: Array, points: int) -> Array:
+    """At most `points` rows: every n-th, the last one always."""
+    step = -(-len(values) // points)
+    return values[::-1][::step][::-1]
+
+
+def smoothed(values: Array, window: int) -> Array:
+    """Centred moving average over `window` rows, shorter at the ends."""
+    total = np.vstack([np.zeros(values.shape[1]), np.nancumsum(values, axis=0)])
+    rows = np.arange(len(values))
+    first, last = np.maximum(rows - window // 2, 0), np.minimum(rows + (window + 1) // 2, len(values))
+    mean: Array = (total[last] - total[first]) / (last - first)[:, None]
+    return mean
