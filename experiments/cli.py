@@ -111,7 +111,7 @@ def _parse(name: str, kind: type[Any], arguments: list[str]) -> Any:
 
 
 def _flags(kind: type[Any], arguments: list[str]) -> list[str]:
-    """Dashes to underscores, `--fresh` to `--fresh=true`, a leading RUN to `--run RUN`, several to `--runs=[RUN, …]`."""
+    """Dashes to underscores, `--fresh` to `--fresh=true`, a leading RUN to `--run RUN`, several to `--runs=[…]`."""
     names = {field.name for field in fields(kind)}
     leading = list(takewhile(lambda argument: not argument.startswith("-"), arguments))
     if leading and "runs" in names:
@@ -119,7 +119,11 @@ def _flags(kind: type[Any], arguments: list[str]) -> list[str]:
     elif leading and "run" in names:
         arguments = ["--run", *arguments]
     switches = {f"--{field.name}" for field in fields(kind) if field.type in (bool, "bool")}
-    return [f"{flag}=true" if flag in switches else flag for flag in map(_dashes, arguments)]
+    spelt = [_dashes(argument) for argument in arguments]
+    answered = [following in ("true", "false") for following in [*spelt[1:], ""]]  # "--fresh false", in two words
+    return [
+        f"{flag}=true" if flag in switches and not value else flag for flag, value in zip(spelt, answered, strict=True)
+    ]
 
 
 def _dashes(argument: str) -> str:

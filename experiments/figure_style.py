@@ -56,9 +56,7 @@ def mixer_styles(mixers: Sequence[str], baseline: str) -> dict[str, Style]:
 def domain_styles(domains: Sequence[str]) -> dict[str, Style]:
     """A style per domain: colour and marker, filled or open; the dash is taken, it tells requested from realised."""
     markers = (*SYMBOLS, *(f"{symbol}-open" for symbol in SYMBOLS))
-    return {
-        name: Style(COLORS[i % len(COLORS)], "solid", markers[i % len(markers)]) for i, name in enumerate(domains)
-    }
+    return {name: Style(COLORS[i % len(COLORS)], "solid", markers[i % len(markers)]) for i, name in enumerate(domains)}
 
 
 def text(name: str) -> str:

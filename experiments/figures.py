@@ -55,15 +55,15 @@ class Row:
     """None: there is no number; `note` says why, and an arrow points beyond the axis."""
     low: float | None = None
     high: float | None = None
+    endless: bool = False
+    """Whether the interval has no upper bound: it is drawn to the edge of the axis."""
     verdict: str = ""
     """"better", "worse", or anything else for neither."""
     note: str = ""
     """Printed at the right."""
 
 
-def curves_figure(
-    curves: Sequence[Curve], styles: Mapping[str, Style], *, y_title: str, log: bool = False
-) -> Figure:
+def curves_figure(curves: Sequence[Curve], styles: Mapping[str, Style], *, y_title: str, log: bool = False) -> Figure:
     """All mixers in one frame, from a tenth of the run on; a legend entry isolates its mixer by a double click."""
     banded = len(curves) <= MAX_BANDS
     data: list[dict[str, Any]] = []
@@ -78,7 +78,9 @@ def curves_figure(
     shown = layout(
         max(440, 60 + 21 * len(curves)),
         xaxis=_token_axis(curves, "training tokens"),
-        yaxis=axis(y_title, type="log" if log else "linear", range=rounded(ends, 6), **(_log_ticks(low, high) if log else {})),
+        yaxis=axis(
+            y_title, type="log" if log else "linear", range=rounded(ends, 6), **(_log_ticks(low, high) if log else {})
+        ),
         showlegend=True,
         legend={"x": 1.01, "y": 1, "yanchor": "top", "font": {"size": 12}, "itemwidth": 44, "tracegroupgap": 0},
     )
@@ -248,7 +250,8 @@ def _points(rows: Sequence[Row], positions: Mapping[str, int], verdict: str, edg
     """The rows of one verdict, as a trace; those without a number at the right `edge`."""
     color, symbol, label = MARKS[verdict]
     mean = [edge if row.mean is None else row.mean for row in rows]
-    high = [0.0 if row.high is None else row.high - x for row, x in zip(rows, mean, strict=True)]
+    tops = [edge if row.endless else row.high for row in rows]
+    high = [0.0 if top is None else max(top - x, 0.0) for top, x in zip(tops, mean, strict=True)]
     low = [0.0 if row.low is None else x - row.low for row, x in zip(rows, mean, strict=True)]
     return {
         "type": "scatter",

@@ -1,4 +1,4 @@
-"""What the report shows over the course of the runs, as numbers: means with bands over seeds, and mixtures of one seed."""
+"""What the report shows over the course of the runs: means with bands over seeds, and mixtures of one seed."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -12,6 +12,9 @@ from acodm_env.errors import DataError
 from acodm_env.files import read_json, sha256
 from acodm_env.trainer import Array
 
+COSTS = ("training", "measurement", "preparation", "learning")
+UNITS = ("tokens", "flops", "seconds")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -42,9 +45,10 @@ class Run:
         return self.result is not None
 
     def perplexity(self, objective: Array) -> Array:
-        """(E,) mean test perplexity Σ_j o_j·exp(L_j) over the targets of positive weight o_j."""
+        """(E,) mean test perplexity Σ_j o_j·exp(L_j) over the targets of positive weight o_j; NaN where one is."""
         used = objective > 0
-        perplexity: Array = np.exp(self.losses[:, used]) @ objective[used]
+        with np.errstate(over="ignore"):  # infinite above 709 nats
+            perplexity: Array = np.exp(self.losses[:, used]) @ objective[used]
         return perplexity
 
     def mean_loss(self, objective: Array) -> Array:
@@ -101,6 +105,9 @@ def _result(folder: Path) -> tuple[dict[str, Any] | None, str]:
         known = {name: result[name] for name in ("mean_loss_nats", "mean_perplexity")}
         bad = [name for name, value in (known | losses).items() if not (value is None or np.isfinite(value))]
         diverged = bool(result["diverged"])
+        float(result["seconds_per_step"])
+        if cost := result.get("cost"):
+            all(float(cost[kind][unit]) >= 0 for kind in COSTS for unit in UNITS)
     except (DataError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         return None, f"result.json is not whole ({type(error).__name__}: {error}); run it again"
     if bad:

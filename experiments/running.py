@@ -103,12 +103,16 @@ def _fail_dependents(out: Path, plan: Plan, waiting: dict[int, Cell], failures: 
 
 def summarise(out: Path, quiet: bool) -> None:
     """Write the summary and the page, and print the tables."""
+    from acodm_env.experiments.forest import draw_forest
     from acodm_env.experiments.summary import table_text, write_summaries
 
+    pictures = []
     for summary in write_summaries(out):
         say(table_text(summary))
         say()
+        pictures.append(str(draw_forest(summary, out / f"forest-{summary.schedule}.png")))
     say(f"numbers: {out / 'summary.csv'}, {out / 'summary.json'}")
+    say(f"picture: {', '.join(pictures)}")
     try:
         from acodm_env.experiments.report import write_report
 

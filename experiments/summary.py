@@ -14,9 +14,10 @@ import numpy as np
 from acodm_env.experiments import statistics
 from acodm_env.experiments.comparison import Comparison, Run, load
 from acodm_env.experiments.console import text_table
-from acodm_env.experiments.crossing import BEFOREHAND, cost_ratio, cost_unit, steps_ratio
+from acodm_env.experiments.crossing import cost_ratio, cost_unit, steps_ratio
 from acodm_env.experiments.differences import Difference, differences_of, values_of
 from acodm_env.experiments.plan import MEAN_OF
+from acodm_env.experiments.run_record import COSTS, UNITS
 from acodm_env.experiments.statistics import Interval
 from acodm_env.files import atomic_file, write_json
 
@@ -24,7 +25,6 @@ MEANS = ("mean_loss_nats", "mean_perplexity", "worst_domain_loss_nats")
 RATIOS = ("steps_to_reference_ratio", "cost_to_reference_ratio")
 METRICS = ("mean_loss_nats", "mean_perplexity", *RATIOS, "worst_domain_loss_nats")
 """Metrics of `summary.csv`, in its order."""
-EXTRA = (*BEFOREHAND, "measurement")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,15 +143,14 @@ def _interquartile_means(runs: Sequence[Run]) -> dict[str, Interval]:
 
 def _mean_cost(ended: Sequence[Run]) -> dict[str, dict[str, float]]:
     costs = [run.result["cost"] for run in ended if run.result and run.result.get("cost")]
-    kinds = ("training", *EXTRA) if costs else ()
-    units = ("tokens", "flops", "seconds")
-    return {kind: {unit: float(np.mean([cost[kind][unit] for cost in costs])) for unit in units} for kind in kinds}
+    kinds = COSTS if costs else ()
+    return {kind: {unit: float(np.mean([cost[kind][unit] for cost in costs])) for unit in UNITS} for kind in kinds}
 
 
 def _extra_frac(cost: Mapping[str, Mapping[str, float]], unit: str) -> float | None:
     if not cost or not cost["training"][unit]:
         return None
-    return sum(cost[kind][unit] for kind in EXTRA) / cost["training"][unit]
+    return sum(cost[kind][unit] for kind in COSTS if kind != "training") / cost["training"][unit]
 
 
 # --- files and text ----------------------------------------------------------------------------------------
@@ -256,7 +255,8 @@ def _judged(one: Difference) -> str:
         return f"{one.verdict}: {one.note or one.interval.method}"
     adjusted = "" if one.p_holm is None else f", Holm p {one.p_holm:.2g}"
     form = "+.4f" if one.metric == "mean_loss_nats" else "+.2f"
-    return f"{_with_interval(one.interval, form)} {one.verdict}{adjusted}"
+    note = f" ({one.note})" if one.note else ""
+    return f"{_with_interval(one.interval, form)} {one.verdict}{adjusted}{note}"
 
 
 def _is_control(one: Difference) -> bool:

@@ -255,7 +255,8 @@ class LogLinear(_Regression):
         return super().preparation(info)
 
     def _choose(self, mixtures: Array, losses: Array) -> object:
-        law = MixingLaw.fit(mixtures, losses)
+        law = fit_law("mixing", mixtures, losses)
+        assert isinstance(law, MixingLaw)
         prior = np.maximum(_prior(self.kl_prior, self.info), 1e-9)
         return minimise_mixture(law, self.info.objective_weights, prior, self.kl, self._caps(self.info))
 

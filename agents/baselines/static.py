@@ -89,8 +89,8 @@ class UniMax(_Fixed):
         """Take the limits.
 
         Args:
-            max_epochs: N, how often a domain may be seen. The paper tries 1, 5 and 10; four passes are still nearly as
-                good as fresh data (arXiv 2305.16264).
+            max_epochs: N, how often a domain may be seen; up to four passes are nearly as good as fresh data
+                (arXiv 2305.16264).
             budget_tokens: C, tokens of the run; None: those of the run that it drives.
         """
         self.max_epochs = _positive("max_epochs", max_epochs)

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from acodm_env.experiments.benchmark import BenchmarkConfig, make_plan
 from acodm_env.experiments.cell import guarded, run_cell, state_of
 from acodm_env.experiments.running import unfinished
 from acodm_env.experiments.runs import run_mixer
-from acodm_env.trainer import Mixer
+from acodm_env.files import sha256
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -126,9 +127,7 @@ def test_a_killed_cell_goes_on_to_the_same_result(done, tiny_corpus, tmp_path, m
 
     name = "cosine/wander/seed1"
     index = next(cell.index for cell in plan.cells if cell.name == name)
-    monkeypatch.setattr(
-        cells, "run_mixer", lambda *args, **kwargs: run_mixer(*args, **{**kwargs, "on_step": stop})
-    )
+    monkeypatch.setattr(cells, "run_mixer", lambda *args, **kwargs: run_mixer(*args, **{**kwargs, "on_step": stop}))
     with pytest.raises(KeyboardInterrupt):
         run_cell(out, index)
     assert state_of(out / plan.cells[index].folder) == "unfinished"
@@ -161,8 +160,6 @@ def test_a_crash_leaves_its_reason_and_is_tried_again(tiny_corpus, tmp_path):
     assert guarded(out, index) == "RuntimeError: a deliberate failure"
     record = json.loads((out / plan.cells[index].folder / "failed.json").read_text())
     assert record["error"] == "RuntimeError: a deliberate failure"
-    from pathlib import Path
-
     assert "Traceback" in Path(record["log"]).read_text()
     assert guarded(out, index) == "RuntimeError: a deliberate failure"
 
@@ -210,8 +207,6 @@ def test_a_thousand_finished_cells_are_read_in_two_seconds(done, tmp_path):
     lines = (cell / "stats.jsonl").read_text().splitlines(keepends=True)
     (cell / "stats.jsonl").write_text("".join((lines * 100)[:300]))
     result = json.loads((cell / "result.json").read_text())
-    from acodm_env.files import sha256
-
     result["files"]["stats.jsonl"] = sha256(cell / "stats.jsonl")
     (cell / "result.json").write_text(json.dumps(result))
     folders = []
@@ -224,9 +219,3 @@ def test_a_thousand_finished_cells_are_read_in_two_seconds(done, tmp_path):
     started = time.perf_counter()
     assert all(state_of(folder) == "finished" for folder in folders)
     assert time.perf_counter() - started < 2.0
-
-
-def test_mixers_of_the_tests_are_mixers(_plugins):
-    from plugin_mixers import TwoStage
-
-    assert issubclass(TwoStage, Mixer)

@@ -133,7 +133,9 @@ finally:
 def test_ray_runs_the_same_cells(environment, tiny_corpus, tmp_path):
     """On a local cluster of two workers, with a task that dies; equal to the local engine's numbers."""
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'acodm[ray]'")
-    settings = tiny(tiny_corpus, tmp_path / "ray", mixers="wander,crash", seeds="2", mean_of=False, engine="ray", jobs=2)
+    settings = tiny(
+        tiny_corpus, tmp_path / "ray", mixers="wander,crash", seeds="2", mean_of=False, engine="ray", jobs=2
+    )
     variables = environment | {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_USAGE_STATS_ENABLED": "0"}
     process = subprocess.Popen(
         [sys.executable, "-c", RAY, "benchmark", *flags(settings)],

@@ -42,7 +42,14 @@ def test_cells_come_after_those_they_need(tiny_corpus, tmp_path):
 
 def test_equal_requests_are_run_once(tiny_corpus, tmp_path):
     options = {"again": {"mixer": "two-stage", "pace": 0.3}}
-    plan = plan_of(tiny_corpus, tmp_path / "b", mixers="two-stage,again", options=options, schedules="cosine,constant", mean_of=False)
+    plan = plan_of(
+        tiny_corpus,
+        tmp_path / "b",
+        mixers="two-stage,again",
+        options=options,
+        schedules="cosine,constant",
+        mean_of=False,
+    )
     preparations = [cell for cell in plan.cells if cell.kind == "preparation"]
     assert [(cell.seed, cell.mixer, cell.steps) for cell in preparations] == [
         (0, "two-stage, again", 7),
@@ -63,7 +70,7 @@ def test_a_later_command_adds_to_the_plan(tiny_corpus, tmp_path):
     plan = plan_of(tiny_corpus, out, mixers="exp3", seeds="1,2", mean_of=False)
     assert plan.mixers == ("uniform", "odm-released", "wander", "exp3")
     assert plan.seeds == (0, 1, 2)
-    with pytest.raises(ConfigError, match="already has wander.*exp3-2|wander-2"):
+    with pytest.raises(ConfigError, match=r"already has wander with .*wander-2"):
         plan_of(tiny_corpus, out, mixers="wander", options={"wander": {"pace": 0.7}})
     with pytest.raises(AcodmError, match="steps=6 there, 7 now"):
         plan_of(tiny_corpus, out, steps=7)
@@ -130,7 +137,9 @@ def test_the_list_names_paper_needs_and_defaults():
 
 
 def test_domains_and_targets_may_differ(tiny_corpus, tmp_path):
-    config = BenchmarkConfig(**tiny(tiny_corpus, tmp_path / "b", domains="letters,numbers", objective="verbs=3,letters=1"))
+    config = BenchmarkConfig(
+        **tiny(tiny_corpus, tmp_path / "b", domains="letters,numbers", objective="verbs=3,letters=1")
+    )
     make_plan(config, tmp_path / "b")
     from acodm_env.experiments.runs import recorded_config
 

@@ -45,7 +45,7 @@ def test_values_that_are_not_finite_are_refused():
 
 def test_pairing_removes_what_the_seeds_share():
     seeds = np.array([0.0, 10.0, 20.0, 30.0, 40.0])
-    first, second = seeds + [1.0, 2.0, 3.0, 4.0, 5.0], seeds
+    first, second = seeds + np.arange(1.0, 6.0), seeds
     assert paired_interval(first, second) == mean_interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert paired_p_value(first, second) == pytest.approx(0.0132356, abs=1e-6)  # t = 3/√0.5 = 4.2426, 4 degrees
     assert paired_p_value(second, first) == pytest.approx(0.0132356, abs=1e-6)
