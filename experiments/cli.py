@@ -120,7 +120,7 @@ def _flags(kind: type[Any], arguments: list[str]) -> list[str]:
         arguments = ["--run", *arguments]
     switches = {f"--{field.name}" for field in fields(kind) if field.type in (bool, "bool")}
     spelt = [_dashes(argument) for argument in arguments]
-    answered = [following in ("true", "false") for following in [*spelt[1:], ""]]  # "--fresh false", in two words
+    answered = [following in ("true", "false") for following in [*spelt, ""][1:]]  # "--fresh false", in two words
     return [
         f"{flag}=true" if flag in switches and not value else flag for flag, value in zip(spelt, answered, strict=True)
     ]

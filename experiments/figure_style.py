@@ -71,9 +71,11 @@ def rounded(values: Any, digits: int = 5) -> list[float | None]:
 
 def axis(title: str = "", **settings: Any) -> dict[str, Any]:
     """An axis with a thin line, quiet grid and room for its labels."""
+    named = {"title": {"text": title, "standoff": 8, "font": {"size": 12}}} if title else {}
     return {
-        "title": {"text": title, "standoff": 8, "font": {"size": 12}},
+        **named,
         "automargin": True,
+        "tickangle": 0,
         "gridcolor": "#e8eaee",
         "linecolor": "#b8bec8",
         "showline": True,

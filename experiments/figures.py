@@ -1,4 +1,4 @@
-"""The report's figures as plotly JSON: curves with bands, small multiples, forests of intervals, mixtures over time.
+"""The report's figures as plotly JSON: curves with bands, small multiples, mixtures over time.
 
 Every function takes plain numbers; what they mean is decided in report_data.py. A figure may carry a "phone" entry:
 changes to its layout where the page is narrow.
@@ -11,10 +11,7 @@ from typing import Any
 import numpy as np
 
 from acodm_env.experiments.figure_style import (
-    BETTER,
-    MUTED,
     NEUTRAL,
-    WORSE,
     Figure,
     Style,
     axis,
@@ -46,25 +43,8 @@ class Curve:
     num_seeds: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """A line of a forest plot."""
-
-    name: str
-    mean: float | None
-    """None: there is no number; `note` says why, and an arrow points beyond the axis."""
-    low: float | None = None
-    high: float | None = None
-    endless: bool = False
-    """Whether the interval has no upper bound: it is drawn to the edge of the axis."""
-    verdict: str = ""
-    """"better", "worse", or anything else for neither."""
-    note: str = ""
-    """Printed at the right."""
-
-
 def curves_figure(curves: Sequence[Curve], styles: Mapping[str, Style], *, y_title: str, log: bool = False) -> Figure:
-    """All mixers in one frame, from a tenth of the run on; a legend entry isolates its mixer by a double click."""
+    """All mixers in one frame, from a fifth of the run on; a double click in the legend isolates a mixer."""
     banded = len(curves) <= MAX_BANDS
     data: list[dict[str, Any]] = []
     for curve in curves:
@@ -73,7 +53,6 @@ def curves_figure(curves: Sequence[Curve], styles: Mapping[str, Style], *, y_tit
             data += _band(curve, style)
         data.append(_line(curve, style, f"%{{y:.4f}} · {curve.num_seeds} seed{'s' if curve.num_seeds != 1 else ''}"))
     low, high = _frame(curves)
-    lines = -(-len(curves) // 2)
     ends = np.log10([low, high]) if log else np.array([low, high])
     shown = layout(
         max(440, 60 + 21 * len(curves)),
@@ -84,11 +63,7 @@ def curves_figure(curves: Sequence[Curve], styles: Mapping[str, Style], *, y_tit
         showlegend=True,
         legend={"x": 1.01, "y": 1, "yanchor": "top", "font": {"size": 12}, "itemwidth": 44, "tracegroupgap": 0},
     )
-    below = {"orientation": "h", "x": 0, "xanchor": "left", "y": -0.22, "yanchor": "top", "entrywidth": 0.5}
-    phone = {
-        "height": 330 + 21 * lines,
-        "legend": {**shown["legend"], **below, "entrywidthmode": "fraction", "font": {"size": 11}},
-    }
+    phone = {"height": 340, "showlegend": False, "margin": {**shown["margin"], "r": 8}}
     return {"data": data, "layout": shown, "phone": phone}
 
 
@@ -129,9 +104,9 @@ def _band(curve: Curve, style: Style) -> list[dict[str, Any]]:
 
 
 def _frame(curves: Sequence[Curve]) -> tuple[float, float]:
-    """Vertical range of the curves after the first tenth of the run, with a little air."""
+    """Vertical range of the curves after the first fifth of the run, with a little air."""
     end = max(float(curve.tokens[-1]) for curve in curves)
-    later = [curve.mean[curve.tokens >= 0.1 * end] for curve in curves]
+    later = [curve.mean[curve.tokens >= 0.2 * end] for curve in curves]
     values = np.concatenate([*later, *(curve.mean[-1:] for curve in curves)])
     values = values[np.isfinite(values)]
     if not len(values):
@@ -157,12 +132,12 @@ def _log_ticks(low: float, high: float) -> dict[str, Any]:
     return {"tickvals": spaced, "ticktext": [f"{value:g}" for value in spaced]}
 
 
-def difference_figure(curve: Curve, style: Style, *, span: float, unit: str, height: int = 150) -> Figure:
+def difference_figure(curve: Curve, style: Style, *, span: tuple[float, float], unit: str, height: int = 150) -> Figure:
     """One small multiple: a mixer's difference to the baseline over the run, on the vertical scale of all others."""
     shown = layout(
         height,
         xaxis=_token_axis([curve], "", nticks=4),
-        yaxis=axis("", range=[-span, span], nticks=5, zeroline=True, zerolinecolor=NEUTRAL, zerolinewidth=1),
+        yaxis=axis("", range=rounded(span), nticks=5, zeroline=True, zerolinecolor=NEUTRAL, zerolinewidth=1),
         margin={"l": 8, "r": 14, "t": 6, "b": 4, "pad": 0},
     )
     data = [*_band(curve, style), _line(curve, style, f"%{{y:+.3~g}} {unit}")]
@@ -171,118 +146,17 @@ def difference_figure(curve: Curve, style: Style, *, span: float, unit: str, hei
     return {"data": data, "layout": shown}
 
 
-def difference_span(curves: Sequence[Curve]) -> float:
-    """Half the vertical range that all small multiples share: the largest mean or bound in the last 70 % of the run."""
-    values = [1e-9]
+def difference_range(curves: Sequence[Curve]) -> tuple[float, float]:
+    """Vertical range that all small multiples share: 0 and nearly all bounds in the last 70 % of the run."""
+    values = [0.0]
     for curve in curves:
         late = curve.tokens >= 0.3 * curve.tokens[-1]
         for series in (curve.mean, curve.low, curve.high):
-            known = np.abs(series[late])
-            values += known[np.isfinite(known)].tolist()
-    ordered = np.sort(values)
-    return float(1.08 * ordered[int(0.985 * (len(ordered) - 1))])
-
-
-def forest_figure(rows: Sequence[Row], *, x_title: str, line: float | None = 0.0, log: bool = False) -> Figure:
-    """Means with their intervals, one row each, best on top; shape and colour say which interval leaves `line` out."""
-    ends = [x for row in rows for x in (row.mean, row.low, row.high) if x is not None]
-    ends += [] if line is None else [line]
-    low, high = _padded(ends, log)
-    positions = {row.name: len(rows) - 1 - i for i, row in enumerate(rows)}
-    data = [
-        _points(group, positions, verdict, high)
-        for verdict in ("better", "worse", "", "none")
-        if (group := [row for row in rows if _verdict_of(row) == verdict])
-    ]
-    shapes = [] if line is None else [_vertical(line)]
-    longest = max((len(row.note) for row in rows), default=0)
-    margin = {"l": 8, "t": 6, "b": 8, "pad": 0, "r": 14 + round(6.3 * longest)}
-    ticks = {"tickvals": [*positions.values()], "ticktext": [text(name) for name in positions]}
-    x_range = rounded(np.log10([low, high]) if log else [low, high], 6)
-    extra: dict[str, Any] = _log_ticks(low, high) if log else {"nticks": 6, "tickformat": "~g"}
-    shown = layout(
-        78 + 25 * len(rows),
-        xaxis=axis(x_title, range=x_range, type="log" if log else "linear", **extra),
-        yaxis=axis("", range=[-0.6, len(rows) - 0.4], fixedrange=True, **ticks) | {"showline": False, "ticks": ""},
-        shapes=shapes,
-        annotations=[_note(row, positions[row.name]) for row in rows if row.note],
-        margin=margin,
-        hovermode="closest",
-    )
-    return {"data": data, "layout": shown, "phone": _narrow(shown)}
-
-
-def _narrow(shown: Figure) -> dict[str, Any]:
-    """On a phone the notes are smaller, and long ones leave out their interval."""
-    notes = [{**note, "text": note["text"].split("  ")[0], "font": {"size": 10.5}} for note in shown["annotations"]]
-    longest = max((len(note["text"]) for note in notes), default=0)
-    names = {**shown["yaxis"], "tickfont": {"size": 10.5}}
-    values = {**shown["xaxis"]} if "tickvals" in shown["xaxis"] else {**shown["xaxis"], "nticks": 4}
-    margin = {**shown["margin"], "r": 12 + round(5.6 * longest)}
-    return {"annotations": notes, "yaxis": names, "xaxis": values, "margin": margin}
-
-
-def _padded(ends: Sequence[float], log: bool) -> tuple[float, float]:
-    if not ends:
-        return (0.5, 2.0) if log else (-1.0, 1.0)
-    low, high = min(ends), max(ends)
-    if log:
-        return low / 1.08 ** (1 + (low == high)), high * 1.08 ** (1 + (low == high))
-    air = 0.06 * (high - low) or max(abs(high), 1e-3)
+            values += series[late & np.isfinite(series)].tolist()
+    low, high = (float(bound) for bound in np.quantile(values, (0.01, 0.99)))
+    low, high = min(low, 0.0), max(high, 0.0)
+    air = 0.12 * (high - low) or 1e-3
     return low - air, high + air
-
-
-def _verdict_of(row: Row) -> str:
-    if row.mean is None:
-        return "none"
-    return row.verdict if row.verdict in ("better", "worse") else ""
-
-
-MARKS = {
-    "better": (BETTER, "triangle-left", "better"),
-    "worse": (WORSE, "triangle-right", "worse"),
-    "": (MUTED, "circle-open", "no difference shown"),
-    "none": (MUTED, "arrow-right-open", "beyond the axis"),
-}
-
-
-def _points(rows: Sequence[Row], positions: Mapping[str, int], verdict: str, edge: float) -> dict[str, Any]:
-    """The rows of one verdict, as a trace; those without a number at the right `edge`."""
-    color, symbol, label = MARKS[verdict]
-    mean = [edge if row.mean is None else row.mean for row in rows]
-    tops = [edge if row.endless else row.high for row in rows]
-    high = [0.0 if top is None else max(top - x, 0.0) for top, x in zip(tops, mean, strict=True)]
-    low = [0.0 if row.low is None else x - row.low for row, x in zip(rows, mean, strict=True)]
-    return {
-        "type": "scatter",
-        "mode": "markers",
-        "name": label,
-        "x": rounded(mean, 6),
-        "y": [positions[row.name] for row in rows],
-        "marker": {"color": color, "symbol": symbol, "size": 11, "line": {"width": 1.8, "color": color}},
-        "error_x": {
-            "type": "data",
-            "symmetric": False,
-            "array": rounded(high),
-            "arrayminus": rounded(low),
-            "color": color,
-            "thickness": 2,
-            "width": 4,
-        },
-        "cliponaxis": False,
-        "text": [text(f"{row.name}: {row.note or label}") for row in rows],
-        "hovertemplate": "%{text}<extra></extra>",
-    }
-
-
-def _vertical(at: float) -> dict[str, Any]:
-    line = {"color": NEUTRAL, "width": 1}
-    return {"type": "line", "x0": at, "x1": at, "y0": 0, "y1": 1, "yref": "paper", "line": line, "layer": "below"}
-
-
-def _note(row: Row, position: int) -> dict[str, Any]:
-    anchor = {"xref": "paper", "x": 1, "xanchor": "left", "xshift": 10, "yref": "y", "y": position}
-    return anchor | {"text": text(row.note), "showarrow": False, "align": "left", "font": {"size": 11.5}}
 
 
 def mixture_figure(

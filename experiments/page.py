@@ -70,19 +70,10 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str | Cell]], caption: 
     """A table that scrolls sideways in its own frame; the first column stays."""
     head = element("tr", *(element("th", name, scope="col") for name in header))
     body = [element("tr", _head_cell(row[0]), *map(_cell, row[1:])) for row in rows]
-    return element(
-        "div",
-        element(
-            "table",
-            element("caption", caption) if caption else Html(""),
-            element("thead", head),
-            element("tbody", *body),
-        ),
-        class_="scroll",
-        tabindex="0",
-        role="region",
-        aria_label=caption or header[0],
-    )
+    label = caption or header[0]
+    whole = element("table", element("thead", head), element("tbody", *body), aria_label=label)
+    frame = element("div", whole, class_="scroll", tabindex="0", role="region", aria_label=label)
+    return join([element("p", caption, class_="caption"), frame]) if caption else frame
 
 
 def _head_cell(content: str | Cell) -> Html:
@@ -130,9 +121,12 @@ def as_json(value: Any) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def key(styles: dict[str, Style]) -> Html:
-    """A legend for figures that share one: colour and marker of every name."""
-    return listing((Html(_sample(style) + markup(name)) for name, style in styles.items()), class_="legend")
+def key(styles: dict[str, Style], kind: str = "legend") -> Html:
+    """A legend for figures that share one: colour, line and marker of every name."""
+    return listing((Html(_sample(style) + markup(name)) for name, style in styles.items()), class_=kind)
+
+
+LINES = {"solid": "", "dash": "6 3", "dot": "2 2", "dashdot": "6 2 2 2", "longdash": "9 3", "longdashdot": "9 2 2 2"}
 
 
 SHAPES = {
@@ -155,7 +149,7 @@ def _sample(style: Style) -> str:
     fill = style.color if filled else "#fff"
     return (
         f'<svg width="26" height="14" aria-hidden="true" stroke="{style.color}" fill="{fill}">'
-        f'<path d="M0 7h26" stroke-width="1.8"/>{SHAPES[shape]}</svg>'
+        f'<path d="M0 7h26" stroke-width="1.8" stroke-dasharray="{LINES[style.dash]}"/>{SHAPES[shape]}</svg>'
     )
 
 
@@ -169,6 +163,7 @@ def document(title: str, body: str, figures: Figures) -> str:
     here = Path(__file__).parent
     drawing = f"<script>{script}</script>\n<script>{(here / 'page.js').read_text()}</script>" if figures.count else ""
     numbers = "\n".join(figures.scripts)
+    content = markup(body).replace(" %", "\u00a0%")  # no line ends between a number and its sign
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -181,7 +176,7 @@ def document(title: str, body: str, figures: Figures) -> str:
 {(here / "page.css").read_text()}</style>
 </head>
 <body>
-{markup(body)}
+{content}
 {numbers}
 {drawing}
 </body>

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from acodm_env.experiments.comparison import Comparison
 from acodm_env.experiments.differences import Difference
-from acodm_env.experiments.figures import Row, forest_figure
+from acodm_env.experiments.forest_figure import Row, forest_figure
 from acodm_env.experiments.page import Cell, Figures, Html, element, join, listing, markup, table
 from acodm_env.experiments.report_data import baseline_of, dynamic_pairs
 from acodm_env.experiments.statistics import Interval
@@ -52,7 +52,7 @@ def answer(summary: Summary, baseline: str) -> Html:
         return _box("No run has finished yet: there is nothing to compare.")
     if not others or baseline not in summary.mixers:
         return _box("There is nothing to compare: it takes a baseline and at least one other mixer.")
-    lines = [_metric_answer(summary, baseline, metric) for metric in METRICS]
+    lines: list[str] = [_metric_answer(summary, baseline, metric) for metric in METRICS]
     if all("not decided" in {one.verdict} for one in _against(summary, baseline, "mean_loss_nats")):
         return _box(
             f"With one seed there are no intervals, so nothing is ranked against {baseline}: give at least two seeds."
@@ -63,6 +63,7 @@ def answer(summary: Summary, baseline: str) -> Html:
     shown = [one for one in summary.differences if one.baseline == baseline and one.verdict in ("better", "worse")]
     if shown:
         lines.append(
+            "Better and worse: the 95 % interval of the paired difference leaves out 0. "
             f"{len(kept)} of these {len(shown)} verdicts stand after Holm's adjustment for all comparisons made."
         )
     return _box(*lines)
@@ -84,8 +85,7 @@ def _metric_answer(summary: Summary, baseline: str, metric: str) -> Html:
     groups = {word: [one for one in found if one.verdict == word] for word in (*SYMBOLS, "not decided")}
     better = groups["better"]
     first = (
-        f"In {what}, {_named(better, unit, form)} {'is' if len(better) == 1 else 'are'} better than {baseline} "
-        "(the 95 % interval of the paired difference leaves out 0)."
+        f"In {what}, {_named(better, unit, form)} {'is' if len(better) == 1 else 'are'} better than {baseline}."
         if better
         else f"In {what}, no mixer is shown to be better than {baseline}."
     )
@@ -114,11 +114,13 @@ def _plain(names: Sequence[str]) -> str:
 
 def results_table(summary: Summary, baseline: str) -> Html:
     """One row per mixer, best mean loss first; those that diverged last."""
-    header = ("mixer", "seeds", "mean loss, nats", f"against {baseline}", "mean perplexity", f"against {baseline}")
-    header += ("worst domain, nats", "s/step", "verdict on the loss")
+    against = f"against {baseline}"
+    header = ("mixer", "seeds", "mean loss, nats", against, "mean perplexity", against, "verdict on the loss")
     ordered = sorted(summary.rows, key=_order)
     rows = [_result_cells(summary, row, baseline) for row in ordered]
-    return table(header, rows, "Held-out results at the end of training, best mean loss first; 95 % intervals below")
+    return table(
+        header, rows, "Held-out results at the end of training, best mean loss first; in brackets 95 % intervals"
+    )
 
 
 def _order(row: Result) -> tuple[bool, float]:
@@ -132,7 +134,6 @@ def _result_cells(summary: Summary, row: Result, baseline: str) -> list[str | Ce
         cells.append(_estimate(row.metrics[metric], form, row))
         one = summary.difference(row.mixer, baseline, metric)
         cells.append("baseline" if row.mixer == baseline else _estimate(one.interval, "+" + form, row) if one else "–")
-    cells += [_estimate(row.metrics["worst_domain_loss_nats"], ".3f", row), number(row.seconds_per_step, ".3f")]
     one = summary.difference(row.mixer, baseline)
     if one is None:
         return [*cells, Cell("", "words")]
@@ -161,7 +162,7 @@ def difference_forests(summary: Summary, baseline: str, figures: Figures) -> Htm
             )
             for metric, (what, unit, form) in METRICS.items()
         ),
-        class_="pair",
+        class_="forests",
     )
 
 
@@ -176,21 +177,24 @@ def dynamics_forests(summary: Summary, figures: Figures) -> Html:
         title = f"{what[0].upper()}{what[1:]}, mixture that changes minus its time average"
         axis_title = "difference to its time average" + (f", {unit}" if unit else "")
         blocks.append(_forest(found, figures, title=title, axis_title=axis_title, form="+" + form))
-    return element("div", *blocks, class_="pair")
+    return element("div", *blocks, class_="forests")
 
 
 def _forest(found: Sequence[Difference], figures: Figures, *, title: str, axis_title: str, form: str) -> Html:
     ordered = sorted(found, key=lambda one: (one.interval.mean is None, one.interval.mean or 0.0))
     rows = [_difference_row(one, form) for one in ordered]
-    return figures.frame(forest_figure(rows, x_title=axis_title), f"{title}: {_spoken(rows)}", title=title)
+    return figures.frame(forest_figure(rows, x_title=axis_title, line=0.0), f"{title}: {_spoken(rows)}", title=title)
 
 
 def _difference_row(one: Difference, form: str) -> Row:
     found = one.interval
-    note = number(found.mean, form) + (f"  {bounds(found, form)}" if found.low is not None else "")
     if found.mean is None:
-        note = one.note or found.method
-    return Row(name=one.mixer, mean=found.mean, low=found.low, high=found.high, verdict=one.verdict, note=note)
+        return Row(name=one.mixer, mean=None, note="diverged" if one.note else found.method)
+    short = number(found.mean, form)
+    note = f"{short}  {bounds(found, form)}".rstrip()
+    return Row(
+        name=one.mixer, mean=found.mean, low=found.low, high=found.high, verdict=one.verdict, note=note, short=short
+    )
 
 
 def _spoken(rows: Sequence[Row]) -> str:
@@ -213,7 +217,7 @@ def crossing_forests(summary: Summary, figures: Figures) -> Html:
             blocks.append(figures.frame(figure, f"{title}: {_spoken(rows)}", title=title))
     if not blocks:
         return element("p", f"The reference, {summary.reference}, has not finished: there is no level to reach yet.")
-    return element("div", *blocks, class_="pair")
+    return element("div", *blocks, class_="forests")
 
 
 def _ratio_row(row: Result, metric: str) -> Row:
@@ -223,14 +227,22 @@ def _ratio_row(row: Result, metric: str) -> Row:
     if found.method == "no seeds":
         return Row(name=row.mixer, mean=None, note="cost not recorded")
     if found.mean is None:
-        return Row(name=row.mixer, mean=None, note=f"never ({count})")
+        return Row(name=row.mixer, mean=None, beyond=True, note=f"never ({count})")
     high = "never" if found.high is None else f"{found.high:.2f}"
-    note = f"{found.mean:.2f}× · {count}" + ("" if found.low is None else f"  [{found.low:.2f}, {high}]")
+    short = f"{found.mean:.2f}× ({count})"
+    note = short + ("" if found.low is None else f"  [{found.low:.2f}, {high}]")
     verdict = "better" if found.high is not None and found.high < 1 else ""
     verdict = "worse" if found.low is not None and found.low > 1 else verdict
     endless = found.low is not None and found.high is None
     return Row(
-        name=row.mixer, mean=found.mean, low=found.low, high=found.high, endless=endless, verdict=verdict, note=note
+        name=row.mixer,
+        mean=found.mean,
+        low=found.low,
+        high=found.high,
+        endless=endless,
+        verdict=verdict,
+        note=note,
+        short=short,
     )
 
 
@@ -250,7 +262,8 @@ def crossing_sections(summary: Summary, figures: Figures) -> Html:
     """Steps and cost to the reference, and what the changing of a mixture is worth."""
     lead = f"When does a run first reach the best held-out perplexity that {summary.reference} reaches with the same "
     lead += "seed? Medians over seeds; left of 1 is sooner. “n of N” counts the seeds that get there at all; → and "
-    lead += "“never”: half of them or more do not. Cost counts preparation and learning in full, and training up to that step."
+    lead += "“never”: half of them or more do not. Cost counts preparation and learning in full, and training up to "
+    lead += "that step."
     dynamics = "The control of every method that changes the mixture: its own average over time, held fixed. "
     dynamics += "An interval around 0 says that the changing itself is not shown to be worth anything."
     return join(

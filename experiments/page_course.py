@@ -11,7 +11,7 @@ from acodm_env.experiments.figures import (
     Curve,
     curves_figure,
     difference_figure,
-    difference_span,
+    difference_range,
     mixture_figure,
 )
 from acodm_env.experiments.page import Cell, Figures, Html, element, join, key, table
@@ -37,12 +37,13 @@ def curve_sections(comparison: Comparison, schedule: str, figures: Figures) -> H
             return join([parts[0], element("p", "No run has been evaluated yet.")])
         figure = curves_figure(found, styles, y_title=title, log=metric == "perplexity")
         parts.append(figures.frame(figure, f"{title} of {len(found)} mixers against training tokens", title=title))
+        parts.append(key({one.name: styles[one.name] for one in found}, "legend phone"))
     return join([*parts, *_difference_parts(comparison, schedule, styles, figures)])
 
 
 def _curve_lead(comparison: Comparison, schedule: str) -> Html:
-    words = "Means over seeds; the first tenth of the run lies above the frame. A click on a name hides it, a double "
-    words += "click shows it alone."
+    words = "Means over seeds; the first fifth of the run may lie above the frame. On a wide screen a click on a name "
+    words += "hides it, and a double click shows it alone."
     if len(comparison.mixers) > MAX_BANDS:
         words += " The 95 % bands are in the small pictures below, where they do not cover each other."
     else:
@@ -68,7 +69,7 @@ def _difference_parts(
         ]
         if not found:
             continue
-        span = difference_span(found)
+        span = difference_range(found)
         panels = [
             figures.frame(
                 difference_figure(one, styles[one.name], span=span, unit=unit),

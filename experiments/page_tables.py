@@ -74,11 +74,8 @@ def cost_section(comparison: Comparison, summary: Summary) -> Html:
         return join([title, element("p", "The runs do not record their cost.")])
     lead = "Means over seeds. Measurement: what a mixer had measured beyond training; preparation: runs made before; "
     lead += "learning: training the policy. Seconds of a measurement are part of training's."
-    header = ("mixer", *KINDS, "total", f"× {baseline_of(comparison)}")
-    tables = [
-        table(header, _cost_rows(summary, baseline_of(comparison), unit), f"Cost in {word}")
-        for unit, word in UNITS.items()
-    ]
+    baseline = baseline_of(comparison)
+    tables = [_cost_table(summary, baseline, unit) for unit in UNITS]
     first, *others = (tables[1], tables[0], tables[2]) if summary.cost_unit == "tokens" else tables
     folds = [folded(f"The same in {word}", one) for word, one in zip(_other_words(summary), others, strict=True)]
     return join([title, element("p", lead, class_="soft lead"), first, *folds])
@@ -88,19 +85,22 @@ def _other_words(summary: Summary) -> list[str]:
     return [word for unit, word in UNITS.items() if unit != summary.cost_unit]
 
 
-def _cost_rows(summary: Summary, baseline: str, unit: str) -> list[list[str]]:
+def _cost_table(summary: Summary, baseline: str, unit: str) -> Html:
     totals = {row.mixer: sum(row.cost[kind][unit] for kind in KINDS) for row in summary.rows if row.cost}
-    base = totals.get(baseline, 0.0)
-    return [
+    base, timed = totals.get(baseline, 0.0), unit == "seconds"
+    rows = [
         [
             row.mixer,
             *(compact(row.cost[kind][unit], unit) for kind in KINDS),
             compact(totals[row.mixer], unit),
             f"{totals[row.mixer] / base:.2f}×" if base else "–",
+            *([number(row.seconds_per_step, ".3f")] if timed else []),
         ]
         for row in summary.rows
         if row.cost
     ]
+    header = ("mixer", *KINDS, "total", f"× {baseline}", *(["median per step"] if timed else []))
+    return table(header, rows, f"Cost in {UNITS[unit]}")
 
 
 def compact(value: float, unit: str) -> str:

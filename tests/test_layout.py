@@ -70,7 +70,11 @@ def test_imports_go_one_way(module: str) -> None:
 
 
 def test_relative_imports_are_resolved() -> None:
-    assert "acodm_env.agents.baselines.bandits" in set(imports("agents/baselines/__init__.py"))
+    relative = re.compile(r"^from \.(\w+) import", flags=re.MULTILINE)
+    for path in sources(*ROOTS):
+        for name in relative.findall(path.read_text(encoding="utf-8")):
+            top, *folders = path.parent.relative_to(ROOT).parts
+            assert ".".join([ROOTS[top], *folders, name]) in set(imports(name_of(path)))
 
 
 # --- (b) packages ------------------------------------------------------------------------------------------

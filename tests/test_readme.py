@@ -14,7 +14,7 @@ from acodm_env.experiments.cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
@@ -32,7 +32,7 @@ def test_every_command_line_of_the_pages_exists(arguments):
     assert command in COMMANDS
     module = import_module(f"acodm_env.experiments.{command}")
     settings = {field.name for field in fields(getattr(module, COMMANDS[command][0]))}
-    assert {flag[2:].replace("-", "_") for flag in flags} <= settings
+    assert {flag[2:].partition("=")[0].replace("-", "_") for flag in flags} <= settings | {"config"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -15,6 +15,8 @@ from .doremi import Mixture, fixed_mixture
 _NUM_POINTS = 48  # of a domain's loss history, at any horizon
 _MIN_POINTS = 6  # three parameters from fewer say nothing
 _DELTA = 1e-3  # nats of log loss, the paper's
+_COARSE = (0.3, 0.1, 0.03, 0.01, 0.003)  # before it in a first fit, which comes from afar and wants a smooth way
+_RIDGE = 1e-3  # keeps e from leaping down where the loss does not depend on it, and not finding back
 _LOW = np.array([-12.0, -7.0, 0.0])  # of (a, e, α), with a at the middle of the data; e^-7 is no loss at all
 _HIGH = np.array([5.0, 5.0, 0.8])  # the released prior keeps α within [0, 0.8]
 _MIN_EXPONENT = 0.05
@@ -36,8 +38,8 @@ class Ado(Mixer):
         * losses are averaged in 48 log-spaced bins of the horizon and each counts by the sequences behind it: the
           noise that the released code takes out with a Savitzky–Golay filter, in a state of fixed size. A step
           without a domain adds nothing to it (there: its last loss again).
-        * all domains are fitted by one L-BFGS (their objectives only add up), started from the best of a grid, later
-          from the last fit; the paper runs one from each of 512 grid points.
+        * all domains are fitted by one L-BFGS (their objectives only add up), from the last fit; the first comes from
+          the best point of a grid by way of larger Huber thresholds, the paper's from each of 512 grid points.
         * the floor of ρ is at most half a uniform share, or it would force uniform weights at K ≥ 100.
         * the released code has (h(1−h))^½ for the paper's h^½, and a prior that keeps e ≥ 0.5, an irreducible loss of
           at least 1.65 nats: wrong for code and mathematics, so off by default (`min_log_irreducible`).
@@ -176,7 +178,7 @@ class Ado(Mixer):
 
 
 def fit_laws(log_n: Array, log_losses: Array, weights: Array, start: Array, low: Array = _LOW) -> Array:
-    """Fit log L = logsumexp(a − α·log n, e) to every domain's points, by a Huber loss of 1e-3 and L-BFGS.
+    """Fit log L = logsumexp(a − α·log n, e) to every domain's points, by a Huber loss (threshold 1e-3) and L-BFGS.
 
     Args:
         log_n: log of the sample count of every point (K, P).
@@ -198,18 +200,19 @@ def fit_laws(log_n: Array, log_losses: Array, weights: Array, start: Array, low:
     if new.any():
         laws[new] = _best_of_grid(x[new], log_losses[new], weights[new], low)
     laws = np.clip(laws, low, _HIGH)
-    steps = _whitened(laws, x, weights)  # (K, 3, 3)
-    result = minimize(
-        _objective,
-        np.zeros(laws.size),
-        args=(laws, steps, x, log_losses, weights, low),
-        jac=True,
-        method="L-BFGS-B",
-        options={"maxiter": _ITERATIONS, "ftol": 0.0, "gtol": 1e-7},
-    )
-    fitted: Array = np.clip(_moved(laws, steps, result.x), low, _HIGH)
-    fitted[:, 0] += fitted[:, 2] * middle
-    return fitted
+    for delta in (*(_COARSE if new.any() else ()), _DELTA):
+        steps = _whitened(laws, x, weights)  # (K, 3, 3)
+        result = minimize(
+            _objective,
+            np.zeros(laws.size),
+            args=(laws, steps, x, log_losses, weights, low, delta),
+            jac=True,
+            method="L-BFGS-B",
+            options={"maxiter": _ITERATIONS, "ftol": 0.0, "gtol": 1e-7},
+        )
+        laws = np.clip(_moved(laws, steps, result.x), low, _HIGH)
+    laws[:, 0] += laws[:, 2] * middle
+    return laws
 
 
 def _whitened(laws: Array, x: Array, weights: Array) -> Array:
@@ -217,7 +220,7 @@ def _whitened(laws: Array, x: Array, weights: Array) -> Array:
     a, e, alpha = laws.T[:, :, None]  # (K, 1) each
     share = np.exp(a - alpha * x - np.logaddexp(a - alpha * x, e))  # (K, P)
     slopes = np.stack([share, 1 - share, -share * x], axis=1)  # (K, 3, P)
-    curvature = (slopes * weights[:, None]) @ slopes.transpose(0, 2, 1) + 1e-6 * np.eye(3)
+    curvature = (slopes * weights[:, None]) @ slopes.transpose(0, 2, 1) + _RIDGE * np.eye(3)
     inverse: Array = np.linalg.inv(np.linalg.cholesky(curvature)).transpose(0, 2, 1)
     return inverse
 
@@ -229,16 +232,16 @@ def _moved(laws: Array, steps: Array, flat: Array) -> Array:
 
 
 def _objective(
-    flat: Array, laws: Array, steps: Array, x: Array, log_losses: Array, weights: Array, low: Array
+    flat: Array, laws: Array, steps: Array, x: Array, log_losses: Array, weights: Array, low: Array, delta: float
 ) -> tuple[float, Array]:
     """Huber loss over δ, summed over the domains, and its gradient (3K,); outside of the limits it rises."""
     theta = _moved(laws, steps, flat)  # (K, 3)
     a, e, alpha = theta.T[:, :, None]  # (K, 1) each
     reducible = a - alpha * x  # (K, P)
     total = np.logaddexp(reducible, e)
-    error = (total - log_losses) / _DELTA
+    error = (total - log_losses) / delta
     slope = np.clip(error, -1.0, 1.0)
-    value = float((weights * slope * (error - 0.5 * slope)).sum()) * _DELTA
+    value = float((weights * slope * (error - 0.5 * slope)).sum()) * delta
     pull = weights * slope
     by_a = pull * np.exp(reducible - total)  # its second factor is the reducible share of the loss
     gradient = np.stack([by_a.sum(1), (pull - by_a).sum(1), -(by_a * x).sum(1)], axis=1)  # (K, 3)

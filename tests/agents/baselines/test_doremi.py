@@ -183,7 +183,7 @@ def test_the_mixture_is_the_proxys_mean():
 
 
 def test_without_its_runs_it_says_how_to_get_them():
-    with pytest.raises(ConfigError, match="mixer=doremi: needs its preparatory runs first.*acodm benchmark"):
+    with pytest.raises(ConfigError, match=r"mixer=doremi: needs its preparatory runs first.*acodm benchmark"):
         make_mixer("doremi").start(info())
 
 

@@ -8,9 +8,7 @@ from acodm_env.agents.baselines import make_mixer
 from acodm_env.errors import ConfigError
 from acodm_env.files import read_state, write_state
 from acodm_env.interaction import InteractionTracker
-from acodm_env.pretrain.config import LMConfig
-from acodm_env.pretrain.trainer import LMTrainer
-from acodm_env.trainer import RunResult, StepStats, drive
+from acodm_env.trainer import RunResult, StepStats
 from toy import ToyTrainer
 
 NAN = float("nan")
@@ -142,21 +140,6 @@ def test_doge_asks_for_a_proxy_and_takes_its_mean():
     assert mixer.weights() == pytest.approx([0.5, 0.3, 0.2])
     with pytest.raises(ConfigError, match="mixer=doge: its preparatory run 'proxy' diverged"):
         mixer.prepare({"proxy": RunResult(mixture=ones / 3, initial_losses=ones, final_losses=ones * NAN)})
-
-
-def test_doges_weights_change_the_training(tiny_store):
-    config = LMConfig(batch_size=6, sequence_length=32, horizon=8, decision_every=2, device="cpu")
-    trainer, plain = LMTrainer(config, tiny_store), LMTrainer(config, tiny_store)
-    for one in (trainer, plain):
-        one.reset(np.random.default_rng(0))
-    mixer = make_mixer("doge-proxy", mu=1e-4)
-    mixer.start(trainer.info)
-    pairs = [(stats, plain.step(mixer.weights())) for stats in drive(trainer, mixer, 4)]
-    norms = [(stats.grad_norm, other.grad_norm) for stats, other in pairs]
-    assert norms[1][0] == pytest.approx(norms[1][1], rel=1e-4)  # before the first decision: all factors 1
-    assert norms[2][0] != pytest.approx(norms[2][1], rel=1e-3)
-    assert np.ptp(pairs[2][0].loss_weights) > 0.1
-    assert np.isfinite(mixer.loss_weights()).all()
 
 
 # --- exponentiated gradient on the environment's reward ------------------------------------------------------
