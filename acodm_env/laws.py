@@ -257,7 +257,7 @@ def _minimise(cost: Callable[..., Any], starts: Sequence[Array], bounds: Any, ta
     """The best end of L-BFGS from `starts`."""
     from scipy.optimize import minimize
 
-    limits = {"maxiter": 500, "maxfun": 1000, "maxcor": 20}
+    limits = {"maxiter": 500, "maxfun": 1000, "maxcor": 10}
     ends = [
         minimize(cost, start, args=(target,), jac=True, method="L-BFGS-B", bounds=bounds, options=limits)
         for start in starts

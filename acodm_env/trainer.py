@@ -163,8 +163,9 @@ class StepStats:
         """Mixture (K,) that the objective weighs the domains by: requested × loss weights, summing to 1."""
         if self.loss_weights is None:
             return self.requested
-        weighted: Array = self.requested * self.loss_weights
-        return weighted / weighted.sum()
+        weighted = self.requested * self.loss_weights
+        normalised: Array = weighted / weighted.sum()
+        return normalised
 
 
 def merge(first: StepStats, second: StepStats) -> StepStats:

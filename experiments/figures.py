@@ -94,7 +94,7 @@ def _band(curve: Curve, style: Style) -> list[dict[str, Any]]:
             "x": rounded([*x, *x[::-1]], 7),
             "y": rounded([*high, *low[::-1]]),
             "fill": "toself",
-            "fillcolor": rgba(style.color, 0.15),
+            "fillcolor": rgba(style.color, 0.12),
             "line": {"width": 0},
             "hoverinfo": "skip",
             "showlegend": False,
@@ -121,15 +121,16 @@ def _token_axis(curves: Sequence[Curve], title: str, **settings: Any) -> dict[st
 
 
 def _log_ticks(low: float, high: float) -> dict[str, Any]:
-    """Round numbers on a logarithmic axis, spaced so that their labels never touch."""
-    spaced, last = [], 0.0
-    for power in range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1):
-        for digit in (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9):
-            value = digit * 10.0**power
-            if low <= value <= high and (not last or np.log(value / last) > np.log(high / low) / 12):
-                spaced.append(value)
-                last = value
-    return {"tickvals": spaced, "ticktext": [f"{value:g}" for value in spaced]}
+    """Some six round numbers: evenly spaced over less than a decade, else those of each decade."""
+    if high < 10 * low:
+        power = 10.0 ** np.floor(np.log10((high - low) / 6))
+        step = power * next(digit for digit in (1, 2, 2.5, 5, 10) if digit * power * 7 >= high - low)
+        values = [step * i for i in range(int(np.ceil(low / step)), int(high / step) + 1)]
+    else:
+        decades = range(int(np.floor(np.log10(low))), int(np.log10(high)) + 1)
+        values = [digit * 10.0**power for power in decades for digit in (1, 2, 5)]
+    shown = [float(f"{value:.6g}") for value in values if low <= value <= high]
+    return {"tickvals": shown, "ticktext": [f"{value:g}" for value in shown]}
 
 
 def difference_figure(curve: Curve, style: Style, *, span: tuple[float, float], unit: str, height: int = 150) -> Figure:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from acodm_env.experiments.plan import MEAN_OF
 from acodm_env.experiments.statistics import Interval
 from acodm_env.experiments.summary import Row, Summary
 from acodm_env.files import atomic_file
@@ -16,13 +17,16 @@ _UNDECIDED = ("D", "#6b6b6b", "no difference shown")
 def draw_forest(summary: Summary, path: Path) -> Path:
     """Write the picture of one schedule, mixers sorted by their difference in mean loss; returns `path`.
 
+    The replayed time averages, `mean-of:`, are on the page only.
+
     Left, the paired difference in mean held-out loss with its 95 % interval over the seeds: marker shape and colour
     give the verdict. Right, the median of the steps to the reference's best perplexity over the reference's own.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = sorted((row for row in summary.rows if row.mixer != "uniform"), key=lambda row: _key(summary, row))
+    chosen = [row for row in summary.rows if row.mixer != "uniform" and not row.mixer.startswith(MEAN_OF)]
+    rows = sorted(chosen, key=lambda row: _key(summary, row))
     figure = Figure(figsize=(10, 1.6 + 0.3 * len(rows)), dpi=110, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
@@ -33,7 +37,9 @@ def draw_forest(summary: Summary, path: Path) -> Path:
     left.axvline(0, color="black", lw=0.8)
     left.set_xlabel("mean held-out loss minus uniform's, nats (left is better)")
     right.axvline(1, color="black", lw=0.8, ls=":")
-    right.set_xlabel(f"steps to {summary.reference}'s best perplexity, its own = 1")
+    left_end, right_end = right.get_xlim()
+    right.set_xlim(left_end, right_end + 0.35 * (right_end - left_end))  # room for the counts
+    right.set_xlabel(f"steps to {summary.reference}'s best\nperplexity, over its own")
     for axes in (left, right):
         axes.grid(axis="x", alpha=0.3)
         axes.set_ylim(-0.7, len(rows) - 0.3)

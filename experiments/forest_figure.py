@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import nan
 from typing import Any
 
 from acodm_env.experiments.figure_style import BETTER, MUTED, NEUTRAL, WORSE, Figure, axis, layout, rounded, text
@@ -86,8 +87,8 @@ def _points(rows: Sequence[Row], positions: Mapping[str, int], kind: str, edge: 
     color, symbol, label = MARKS[kind]
     means = [edge if row.mean is None else row.mean for row in rows]
     tops = [edge if row.endless else row.high for row in rows]
-    high = [0.0 if top is None else max(top - x, 0.0) for top, x in zip(tops, means, strict=True)]
-    low = [0.0 if row.low is None else x - row.low for row, x in zip(rows, means, strict=True)]
+    high = [nan if top is None else max(top - x, 0.0) for top, x in zip(tops, means, strict=True)]
+    low = [nan if row.low is None else x - row.low for row, x in zip(rows, means, strict=True)]
     bars = {"type": "data", "symmetric": False, "array": rounded(high), "arrayminus": rounded(low)}
     bars |= {"color": color, "thickness": 2, "width": 4, "visible": kind != "none"}
     return {

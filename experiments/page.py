@@ -66,14 +66,20 @@ class Cell:
     kind: str
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str | Cell]], caption: str = "") -> Html:
+def table(header: Sequence[str | Cell], rows: Iterable[Sequence[str | Cell]], caption: str = "") -> Html:
     """A table that scrolls sideways in its own frame; the first column stays."""
-    head = element("tr", *(element("th", name, scope="col") for name in header))
+    head = element("tr", *(_column(name) for name in header))
     body = [element("tr", _head_cell(row[0]), *map(_cell, row[1:])) for row in rows]
-    label = caption or header[0]
+    label = caption or "table"
     whole = element("table", element("thead", head), element("tbody", *body), aria_label=label)
     frame = element("div", whole, class_="scroll", tabindex="0", role="region", aria_label=label)
     return join([element("p", caption, class_="caption"), frame]) if caption else frame
+
+
+def _column(name: str | Cell) -> Html:
+    if isinstance(name, Cell):
+        return element("th", name.content, scope="col", class_=name.kind)
+    return element("th", name, scope="col")
 
 
 def _head_cell(content: str | Cell) -> Html:

@@ -115,7 +115,7 @@ def _plain(names: Sequence[str]) -> str:
 def results_table(summary: Summary, baseline: str) -> Html:
     """One row per mixer, best mean loss first; those that diverged last."""
     against = f"against {baseline}"
-    header = ("mixer", "seeds", "mean loss, nats", against, "mean perplexity", against, "verdict on the loss")
+    header = ("mixer", "seeds", "mean loss, nats", against, "mean perplexity", against)
     ordered = sorted(summary.rows, key=_order)
     rows = [_result_cells(summary, row, baseline) for row in ordered]
     return table(

@@ -44,9 +44,9 @@ def curve_sections(comparison: Comparison, schedule: str, figures: Figures) -> H
 def _curve_lead(comparison: Comparison, schedule: str) -> Html:
     words = "Means over seeds; the first fifth of the run may lie above the frame. On a wide screen a click on a name "
     words += "hides it, and a double click shows it alone."
-    if len(comparison.mixers) > MAX_BANDS:
+    if len(comparison.mixers) > MAX_BANDS and len(comparison.seeds) > 1:
         words += " The 95 % bands are in the small pictures below, where they do not cover each other."
-    else:
+    elif len(comparison.seeds) > 1:
         words += " Bands: 95 % over seeds (Student t)."
     short = [
         name for name in comparison.mixers if any(run.status == "diverged" for run in comparison.select(name, schedule))

@@ -152,7 +152,9 @@ def appendix(comparison: Comparison, plain: bool) -> Html:
         folded("How to read this page", listing(HOW_TO_READ)),
         folded("Configuration that all runs share", definitions(settings)),
         folded("Versions", definitions(versions)),
-        folded(f"Command of every run ({len(rows)})", command, table(("run", "status", "command"), rows)),
+        folded(
+            f"Command of every run ({len(rows)})", command, table(("run", "status", Cell("command", "words")), rows)
+        ),
         id="appendix",
     )
 

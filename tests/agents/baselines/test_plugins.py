@@ -11,10 +11,11 @@ from acodm_env.agents import baselines
 from acodm_env.agents.baselines import make_mixer, mixer_factory, mixer_names, register_mixer
 from acodm_env.agents.baselines.static import Uniform
 from acodm_env.errors import ConfigError
-from acodm_env.trainer import drive
+from acodm_env.trainer import Mixer, drive
 from toy import ToyTrainer
 
-PAGE = Path(__file__).parents[3] / "docs/how-to/add-a-mixer.md"
+DOCS = Path(__file__).parents[3] / "docs"
+PAGE = DOCS / "how-to/add-a-mixer.md"
 MODULE = """
 from acodm_env.agents.baselines.static import Static
 
@@ -94,12 +95,10 @@ def test_the_pages_entry_point_is_the_group_that_is_read():
 
 
 def test_the_page_names_every_member_of_a_mixer():
-    from acodm_env.trainer import Mixer
-
     page = PAGE.read_text(encoding="utf-8")
     members = [name for name in vars(Mixer) if not name.startswith("_") and name not in ("name", "paper")]
     assert "preparation" in members
-    assert [name for name in members if f"`{name}" not in page and f" `{name}" not in page] == ["start"]
+    assert [name for name in members if f"`{name}" not in page and f"def {name}(" not in page] == []
 
 
 # --- (ii) entry points -------------------------------------------------------------------------------------
@@ -147,3 +146,27 @@ def test_a_taken_name_is_refused(name):
     register_mixer("mine", Uniform)
     with pytest.raises(ConfigError, match=f"mixer={name}: is already registered; choose another name"):
         register_mixer(name, Uniform)
+
+
+# --- the table of all mixers -------------------------------------------------------------------------------
+
+
+def rows():
+    """Cells of the first table of docs/baselines.md, by mixer."""
+    text = (DOCS / "baselines.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^\| `.*\|$", text, re.MULTILINE)
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {name.strip("`"): rest for name, *rest in cells}
+
+
+def test_the_table_has_every_mixer_once():
+    assert list(rows()) == list(mixer_names())
+
+
+@pytest.mark.parametrize("name", mixer_names())
+def test_a_row_says_what_the_class_says(name):
+    """Its paper, what it needs of the run, and whether it asks for runs before."""
+    factory, (paper, needs, before, _) = mixer_factory(name), rows()[name]
+    assert paper == (factory.paper.removesuffix(" (ablation)") or "–")
+    assert needs == (", ".join(sorted(factory.needs)) or "–")
+    assert (before == "–") == (factory.preparation is Mixer.preparation)
