@@ -16,6 +16,8 @@ MARKS = {
 """Verdict: colour, marker, and the word for it."""
 LONG_NAME = 16
 """Characters after which a phone breaks a name."""
+LONG_LINE = 18
+"""Characters that it then shows of each half."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,9 +131,13 @@ def _phone(shown: Figure, rows: Sequence[Row], positions: Mapping[str, int]) -> 
 
 
 def broken(name: str) -> str:
-    """A long name on two lines, broken after the hyphen or colon nearest to its middle, or in the middle."""
+    """A long name on two lines, broken after the hyphen or colon nearest to its middle, the rest left out."""
     if len(name) <= LONG_NAME:
         return text(name)
     places = [i + 1 for i, letter in enumerate(name) if letter in "-:_ " and i + 1 < len(name)] or [len(name) // 2]
     at = min(places, key=lambda place: abs(place - len(name) / 2))
-    return "<br>".join((text(name[:at]), text(name[at:])))
+    return "<br>".join(text(_cut(part)) for part in (name[:at], name[at:]))
+
+
+def _cut(part: str) -> str:
+    return part if len(part) <= LONG_LINE else part[: LONG_LINE - 1] + "…"

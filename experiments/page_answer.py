@@ -116,10 +116,11 @@ def results_table(summary: Summary, baseline: str) -> Html:
     """One row per mixer, best mean loss first; those that diverged last."""
     against = f"against {baseline}"
     header = ("mixer", "seeds", "mean loss, nats", against, "mean perplexity", against)
+    columns = (*header, Cell("verdict on the loss", "words"))
     ordered = sorted(summary.rows, key=_order)
     rows = [_result_cells(summary, row, baseline) for row in ordered]
     return table(
-        header, rows, "Held-out results at the end of training, best mean loss first; in brackets 95 % intervals"
+        columns, rows, "Held-out results at the end of training, best mean loss first; in brackets 95 % intervals"
     )
 
 
@@ -274,5 +275,19 @@ def crossing_sections(summary: Summary, figures: Figures) -> Html:
             element("h3", "Is the dynamics worth anything?"),
             element("p", dynamics, class_="soft lead"),
             dynamics_forests(summary, figures),
+            _learning(summary),
         ]
     )
+
+
+def _learning(summary: Summary) -> Html:
+    """The policy against the same network untrained, in words; nothing without a policy."""
+    lines = []
+    for metric, (what, unit, form) in METRICS.items():
+        one = summary.difference("policy", "policy-untrained", metric)
+        if one is not None:
+            interval = f"{number(one.interval.mean, '+' + form)} {unit} {bounds(one.interval, '+' + form)}".split()
+            lines.append(f"{what} {' '.join(interval)}, {one.verdict}")
+    if not lines:
+        return Html("")
+    return element("p", element("strong", "Is the learning? "), f"policy minus policy-untrained: {'; '.join(lines)}.")

@@ -145,6 +145,7 @@ def appendix(comparison: Comparison, plain: bool) -> Html:
     versions = [*comparison.versions.items(), ("git commit", comparison.git_commit or "not recorded")]
     own = [(f"{run.schedule}/{run.mixer}/seed{run.seed}", run) for run in comparison.runs]
     rows = [[name, run.status, Cell(element("code", run.command or "not recorded"), "words")] for name, run in own]
+    commands = table(("run", "status", Cell("command", "words")), rows)
     command = Html("") if plain else element("pre", element("code", comparison.command))
     return element(
         "section",
@@ -152,9 +153,7 @@ def appendix(comparison: Comparison, plain: bool) -> Html:
         folded("How to read this page", listing(HOW_TO_READ)),
         folded("Configuration that all runs share", definitions(settings)),
         folded("Versions", definitions(versions)),
-        folded(
-            f"Command of every run ({len(rows)})", command, table(("run", "status", Cell("command", "words")), rows)
-        ),
+        folded(f"Command of every run ({len(rows)})", command, commands),
         id="appendix",
     )
 

@@ -161,6 +161,30 @@ def test_merge_without_gradients_on_one_side_and_after_divergence():
     assert not merge(plain, plain).diverged
 
 
+def test_merge_of_excess_losses_is_weighted_by_tokens():
+    first = window([3, 1], [30, 10], [2.0, 4.0], excess_losses=np.array([0.2, np.nan]))
+    second = window([1, 3], [10, 50], [6.0, 1.0], excess_losses=np.array([0.6, 0.5]))
+    both = merge(first, second)
+    assert both.excess_losses == pytest.approx([(0.2 * 30 + 0.6 * 10) / 40, 0.5 * 50 / 60])
+    assert merge(first, replace(second, excess_losses=None)).excess_losses is None
+    assert merge(replace(first, excess_losses=None), second).excess_losses is None
+    undrawn = window([4, 0], [40, 0], [2.0, np.nan], excess_losses=np.array([0.1, np.nan]))
+    assert np.isnan(merge(undrawn, undrawn).excess_losses[1])
+
+
+def test_loss_weights_of_a_window_are_the_last_steps():
+    first = window([2, 2], [8, 8], [1.0, 1.0], loss_weights=np.array([1.0, 1.0]))
+    second = window([2, 2], [8, 8], [1.0, 1.0], loss_weights=np.array([1.5, 0.5]))
+    assert merge(first, second).loss_weights.tolist() == [1.5, 0.5]
+
+
+def test_the_effective_mixture_is_requested_times_loss_weights():
+    plain = window([2, 2], [8, 8], [1.0, 1.0], requested=np.array([0.8, 0.2]))
+    assert plain.effective.tolist() == [0.8, 0.2]
+    weighted = replace(plain, loss_weights=np.array([0.5, 3.0]))
+    assert weighted.effective == pytest.approx([0.4, 0.6])
+
+
 # --- drive -------------------------------------------------------------------------------------------------
 
 
@@ -201,6 +225,35 @@ def test_validation_is_measured_at_decisions_for_those_who_need_it():
     assert trainer.evaluated == []
 
 
+def test_a_mixer_says_after_which_steps_it_wants_validation():
+    class Late(Counter):
+        needs = frozenset({"validation"})
+
+        def due(self, step):
+            return step in (1, 4)
+
+    trainer = Recorder()
+    history = run(trainer, Late(), 5)
+    assert trainer.evaluated == [(1, "validation"), (4, "validation")]
+    assert [stats.step for stats in history if stats.eval_losses is not None] == [1, 4]
+
+    class Curious(Counter):  # due is only asked of those who need it
+        def due(self, step):
+            raise AssertionError
+
+    run(Recorder(), Curious(), 2)
+
+
+def test_a_diverged_model_is_not_evaluated():
+    class Validating(Counter):
+        needs = frozenset({"validation"})
+
+    trainer = Recorder(diverge_at=2)
+    history = run(trainer, Validating(), 5)
+    assert trainer.evaluated == []
+    assert history[-1].eval_losses is None
+
+
 def test_only_what_is_needed_is_measured():
     class Greedy(Counter):
         needs = frozenset({"losses"})
@@ -228,6 +281,15 @@ def test_divergence_ends_the_run_after_the_mixer_has_seen_it():
     history = run(trainer, mixer, 10)
     assert [stats.diverged for stats in history] == [False, False, True]
     assert mixer.seen == history
+
+
+def test_a_missing_reference_model_is_refused_by_name():
+    class Excess(Counter):
+        name = "excess"
+        needs = frozenset({"losses", "excess", "loss_weights"})
+
+    with pytest.raises(ConfigError, match="mixer=excess: needs excess, loss_weights; Recorder provides only"):
+        run(Recorder(), Excess(), 1)
 
 
 # --- Lagged ------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from acodm_env.corpus.tokens import TokenStore, fingerprint, token_dtype
-from acodm_env.errors import DataError
+from acodm_env.errors import ConfigError, DataError
 from acodm_env.files import read_json, sha256, write_json
 
 
@@ -87,3 +87,49 @@ def test_shared_documents_are_refused(copy):
     write_json(copy / "corpus.json", record | {"fingerprint": fingerprint(record)})
     with pytest.raises(DataError, match=r"validation also stand in train.*letters"):
         TokenStore.open(copy)
+
+
+def test_a_subset_holds_its_domains_in_the_order_asked_for(tiny_store):
+    chosen = ("verbs", "letters")
+    part = tiny_store.subset(chosen)
+    assert part.domains == chosen
+    whole = [tiny_store.domains.index(name) for name in chosen]
+    for split in ("train", "validation", "test"):
+        assert part.sizes_tokens(split) == tuple(tiny_store.sizes_tokens(split)[index] for index in whole)
+        for index, original in enumerate(whole):
+            rows = part.sequences(split, index, np.array([0, 1]), 32)
+            assert (rows == tiny_store.sequences(split, original, np.array([0, 1]), 32)).all()
+    assert (part.tokens("verbs", "train") == tiny_store.tokens("verbs", "train")).all()
+    assert tiny_store.domains != chosen  # the store itself is as it was
+    with pytest.raises(ConfigError, match="domain='numbers'"):
+        part.tokens("numbers", "train")
+
+
+def test_a_subset_has_a_fingerprint_of_its_own(tiny_store):
+    prints = [
+        tiny_store.subset(names).fingerprint for names in (("verbs", "letters"), ("letters", "verbs"), ("verbs",))
+    ]
+    assert len({*prints, tiny_store.fingerprint}) == 4
+    assert tiny_store.subset(("verbs", "letters")).fingerprint == prints[0]
+    assert tiny_store.subset(tiny_store.domains).fingerprint == tiny_store.fingerprint
+
+
+def test_a_subset_pickles_and_can_be_divided_again(tiny_store):
+    part = tiny_store.subset(("verbs", "letters"))
+    again = pickle.loads(pickle.dumps(part))
+    assert (again.domains, again.fingerprint) == (part.domains, part.fingerprint)
+    assert (again.tokens("letters", "test") == tiny_store.tokens("letters", "test")).all()
+    assert part.subset(("letters",)).fingerprint == tiny_store.subset(("letters",)).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ((), "domains=: must name at least one domain"),
+        (("verbs", "verbs"), "domains=verbs,verbs: must name at least one domain, each once"),
+        (("verbs", "number"), "domain='number': .*did you mean 'numbers'"),
+    ],
+)
+def test_a_bad_subset_is_refused(tiny_store, names, message):
+    with pytest.raises(ConfigError, match=message):
+        tiny_store.subset(names)

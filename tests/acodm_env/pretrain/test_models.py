@@ -9,7 +9,16 @@ from torch import nn
 from transformers import GPT2Config, LlamaConfig, MptConfig, OPTConfig
 
 from acodm_env.errors import ConfigError, DataError
-from acodm_env.pretrain.models import PRESETS, build_model, mlp_outputs, model_config, observed_layers, probed_layers
+from acodm_env.pretrain.models import (
+    PRESETS,
+    build_model,
+    flops_per_token,
+    flops_per_token_of,
+    mlp_outputs,
+    model_config,
+    observed_layers,
+    probed_layers,
+)
 
 KINDS = {
     "gpt-2": (GPT2Config(n_layer=2, n_embd=16, n_head=2), "transformer.h.{}.mlp.c_proj"),
@@ -154,3 +163,21 @@ def test_bad_names_say_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(DataError, match="HF_HUB_OFFLINE is set; take a preset"):
         build_model("nobody/no-such-model", 64, 16, seed=0)
+
+
+def test_flops_per_token_by_hand():
+    """Tiny: 100,096 parameters outside of the embeddings, 300 × 64 in the output one; 2 layers × 64 wide × 32 long."""
+    model = build_model("tiny", 300, 32, seed=0)
+    expected = 6 * (100_096 + 300 * 64) + 12 * 2 * 64 * 32
+    assert flops_per_token(model, 32) == expected == 764_928
+    assert flops_per_token_of("tiny", 300, 32) == expected
+    assert flops_per_token(model, 64) == expected + 12 * 2 * 64 * 32
+
+
+def test_flops_of_a_tied_model_count_its_embedding_once(tmp_path):
+    """GPT-2's output layer is its input embedding: it multiplies, so it counts."""
+    GPT2Config(n_layer=2, n_embd=16, n_head=2).save_pretrained(tmp_path)
+    model = build_model(str(tmp_path / "config.json"), 40, 12, seed=0)
+    norms, attention, mlp = 2 * 32, 16 * 48 + 48 + 16 * 16 + 16, 16 * 64 + 64 + 64 * 16 + 16
+    parameters = 2 * (norms + attention + mlp) + 32 + 12 * 16 + 40 * 16  # blocks, last norm, positions, embedding
+    assert flops_per_token(model, 12) == 6 * parameters + 12 * 2 * 16 * 12
