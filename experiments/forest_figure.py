@@ -11,7 +11,7 @@ MARKS = {
     "better": (BETTER, "triangle-left", "better"),
     "worse": (WORSE, "triangle-right", "worse"),
     "": (MUTED, "circle-open", "no difference shown"),
-    "none": (MUTED, "arrow-right", "beyond the axis"),
+    "none": (MUTED, "arrow-bar-right", "beyond the axis"),
 }
 """Verdict: colour, marker, and the word for it."""
 LONG_NAME = 16
@@ -109,7 +109,7 @@ def _points(rows: Sequence[Row], positions: Mapping[str, int], kind: str, edge: 
 
 def _vertical(at: float) -> dict[str, Any]:
     line = {"color": NEUTRAL, "width": 1}
-    return {"type": "line", "x0": at, "x1": at, "y0": 0, "y1": 1, "yref": "paper", "line": line, "layer": "between"}
+    return {"type": "line", "x0": at, "x1": at, "y0": 0, "y1": 1, "yref": "paper", "line": line, "layer": "above"}
 
 
 def _note(position: int, words: str, size: float) -> dict[str, Any]:

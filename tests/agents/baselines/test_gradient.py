@@ -8,7 +8,9 @@ from acodm_env.agents.baselines import make_mixer
 from acodm_env.errors import ConfigError
 from acodm_env.files import read_state, write_state
 from acodm_env.interaction import InteractionTracker
-from acodm_env.trainer import RunResult, StepStats
+from acodm_env.pretrain.config import LMConfig
+from acodm_env.pretrain.trainer import LMTrainer
+from acodm_env.trainer import RunResult, StepStats, drive
 from toy import ToyTrainer
 
 NAN = float("nan")
@@ -140,6 +142,23 @@ def test_doge_asks_for_a_proxy_and_takes_its_mean():
     assert mixer.weights() == pytest.approx([0.5, 0.3, 0.2])
     with pytest.raises(ConfigError, match="mixer=doge: its preparatory run 'proxy' diverged"):
         mixer.prepare({"proxy": RunResult(mixture=ones / 3, initial_losses=ones, final_losses=ones * NAN)})
+
+
+def test_doges_weights_change_the_training(tiny_store):
+    config = LMConfig(batch_size=6, sequence_length=32, horizon=8, decision_every=2, device="cpu")
+    norms = []
+    for logits in ([0.0, 0.0, 0.0], [0.0, -1.0, -2.0]):
+        trainer, mixer = LMTrainer(config, tiny_store), make_mixer("doge-proxy")
+        trainer.reset(np.random.default_rng(0))
+        mixer.start(trainer.info)
+        mixer.load_state_dict({"logits": logits, "scores": np.full(3, NAN)})
+        expected = mixer.domain_weights()
+        history = list(drive(trainer, mixer, 2))
+        np.testing.assert_allclose(history[0].effective, expected)
+        np.testing.assert_allclose(history[0].realised, 1 / 3)
+        norms.append(history[0].grad_norm)
+        assert np.isfinite(mixer.loss_weights()).all()
+    assert norms[0] != pytest.approx(norms[1], rel=1e-3)
 
 
 # --- exponentiated gradient on the environment's reward ------------------------------------------------------
