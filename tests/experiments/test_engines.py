@@ -151,9 +151,10 @@ def test_ray_runs_the_same_cells(environment, tiny_corpus, tmp_path):
     local = settings | {"out": str(tmp_path / "local"), "engine": "local", "mixers": "wander", "jobs": 1}
     assert finish(acodm(environment, "benchmark", *flags(local)))[0] == 0
     for seed in (0, 1):
+        cell = f"cells/cosine/wander/seed{seed}/eval.jsonl"
         one, other = (
-            [json.loads(x)["losses"] for x in (tmp_path / f"{e}/cells/cosine/wander/seed{seed}/eval.jsonl").open()]
-            for e in ("ray", "local")
+            [json.loads(line)["losses"] for line in (tmp_path / engine / cell).read_text().splitlines()]
+            for engine in ("ray", "local")
         )
         assert one[0] == pytest.approx(other[0], rel=1e-6)
         assert one[-1] == pytest.approx(other[-1], rel=1e-3)  # the number of threads may differ
