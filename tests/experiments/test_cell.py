@@ -16,6 +16,9 @@ from acodm_env.experiments.cell import guarded, run_cell, state_of
 from acodm_env.experiments.running import unfinished
 from acodm_env.experiments.runs import run_mixer
 from acodm_env.files import sha256
+from acodm_env.interaction import InteractionConfig
+from acodm_env.mixture import ActionMap, Bounds
+from acodm_env.policy import Policy
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -219,3 +222,44 @@ def test_a_thousand_finished_cells_are_read_in_two_seconds(done, tmp_path):
     started = time.perf_counter()
     assert all(state_of(folder) == "finished" for folder in folders)
     assert time.perf_counter() - started < 2.0
+
+
+def test_a_policy_is_charged_for_its_learning_and_its_untrained_control_is_not(tiny_store, tmp_path):
+    policy = Policy(
+        domains=tiny_store.domains,
+        fields=(("progress", 1),),
+        mean=np.zeros(1),
+        scale=np.ones(1),
+        clip=10.0,
+        layers=((np.array([[2.0], [-2.0], [0.0]], np.float32), np.zeros(3, np.float32), "tanh"),),
+        action=ActionMap(),
+        bounds=Bounds(),
+        interaction=InteractionConfig(),
+        decision_every=2,
+        horizon=6,
+        provenance={
+            "learning_tokens": 1000,
+            "learning_seconds": 2.0,
+            "config": {"proxy": "tiny", "sequence_length": 32},
+        },
+    )
+    policy.save(tmp_path / "policy")
+    out = tmp_path / "b"
+    settings = tiny(tiny_store.path, out, mixers="uniform", policy=str(tmp_path / "policy"), mean_of=False)
+    plan = make_plan(BenchmarkConfig(**settings), out)
+    assert plan.mixers == ("odm-released", "uniform", "policy", "policy-untrained")
+    shown = {}
+    for cell in plan.cells:
+        if cell.mixer.startswith("policy"):
+            run_cell(out, cell.index)
+            lines = (out / cell.folder / "stats.jsonl").read_text().splitlines()
+            cost = json.loads((out / cell.folder / "result.json").read_text())["cost"]
+            shown[cell.name] = ([json.loads(line)["requested"] for line in lines], cost["learning"])
+    mixtures, learning = shown["cosine/policy/seed0"]
+    assert mixtures[5][0] > mixtures[5][2] > mixtures[5][1]  # as its weights say, once there is progress
+    assert (learning["tokens"], learning["seconds"]) == (1000, 2.0)
+    assert learning["flops"] > 0
+    controls = [shown[f"cosine/policy-untrained/seed{seed}"] for seed in (0, 1)]
+    assert [cost["tokens"] for _, cost in controls] == [0, 0]
+    assert controls[0][0] != controls[1][0]  # another draw for every seed
+    assert controls[0][0] != mixtures
