@@ -11,7 +11,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from itertools import takewhile
 from typing import Any
 
 COMMANDS = {
@@ -113,17 +112,32 @@ def _parse(name: str, kind: type[Any], arguments: list[str]) -> Any:
 def _flags(kind: type[Any], arguments: list[str]) -> list[str]:
     """Dashes to underscores, `--fresh` to `--fresh=true`, a leading RUN to `--run RUN`, several to `--runs=[…]`."""
     names = {field.name for field in fields(kind)}
-    leading = list(takewhile(lambda argument: not argument.startswith("-"), arguments))
-    if leading and "runs" in names:
-        arguments = [f"--runs={json.dumps(leading)}", *arguments[len(leading) :]]
-    elif leading and "run" in names:
-        arguments = ["--run", *arguments]
     switches = {f"--{field.name}" for field in fields(kind) if field.type in (bool, "bool")}
+    bare = _bare(arguments, switches) if names & {"run", "runs"} else []
+    rest = [argument for index, argument in enumerate(arguments) if index not in bare]
+    folders = [arguments[index] for index in bare]
+    if folders and "runs" in names:
+        arguments = [f"--runs={json.dumps(folders)}", *rest]
+    elif folders:
+        arguments = ["--run", *folders, *rest]
     spelt = [_dashes(argument) for argument in arguments]
     answered = [following in ("true", "false") for following in [*spelt, ""][1:]]  # "--fresh false", in two words
     return [
         f"{flag}=true" if flag in switches and not value else flag for flag, value in zip(spelt, answered, strict=True)
     ]
+
+
+def _bare(arguments: list[str], switches: set[str]) -> list[int]:
+    """Positions of the arguments that are neither flags nor a flag's value."""
+    found = []
+    for index, argument in enumerate(arguments):
+        before = _dashes(arguments[index - 1]) if index else ""
+        takes_value = before.startswith("-") and "=" not in before
+        if before in switches and argument not in ("true", "false"):
+            takes_value = False
+        if not argument.startswith("-") and not takes_value:
+            found.append(index)
+    return found
 
 
 def _dashes(argument: str) -> str:

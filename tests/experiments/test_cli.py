@@ -197,3 +197,16 @@ def test_overview_and_version(capsys):
     overview = capsys.readouterr().out
     assert all(name in overview for name in cli.COMMANDS)
     assert acodm("--version") == 0
+
+
+def test_folders_stand_before_or_after_the_flags():
+    from acodm_env.experiments.mixture import MixtureConfig
+    from acodm_env.experiments.report import ReportConfig
+
+    for arguments in (["a", "b", "--csv"], ["--csv", "a", "b"], ["--out", "x.html", "a", "b", "--csv"]):
+        assert cli._flags(ReportConfig, arguments)[0] == '--runs=["a", "b"]'
+        assert "--csv=true" in cli._flags(ReportConfig, arguments)
+    assert cli._flags(MixtureConfig, ["--quiet", "a", "--format", "json"]) == [
+        *("--run", "a", "--quiet=true", "--format", "json"),
+    ]
+    assert cli._flags(MixtureConfig, ["--quiet", "false", "a"]) == ["--run", "a", "--quiet", "false"]
