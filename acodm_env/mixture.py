@@ -33,6 +33,13 @@ def check_weights(weights: object, num_domains: int, name: str = "weights") -> A
     return total
 
 
+def softmax(logits: Array) -> Array:
+    """exp(logits) (K,), normalised; the largest is subtracted first, which changes nothing but overflow."""
+    soft = np.exp(logits - logits.max())
+    mixture: Array = soft / soft.sum()
+    return mixture
+
+
 @dataclass(frozen=True, kw_only=True)
 class ActionMap:
     """α = (1−ε)·softmax(log prior + c·a) + ε/K for an action a in [−1, 1]^K (method: action, "ours").

@@ -18,6 +18,7 @@ import numpy as np
 from filelock import FileLock
 
 from acodm_env.agents.baselines import make_mixer
+from acodm_env.agents.baselines.recorded import recorded_mixtures
 from acodm_env.corpus import TokenStore, open_corpus
 from acodm_env.errors import AcodmError, DataError
 from acodm_env.experiments.plan import MEAN_OF, Cell, Entry, Plan, digest_of
@@ -180,7 +181,7 @@ class Bench:
             write_state(folder.path / "model.safetensors", to_numpy(trainer.bare_model.state_dict()))
         running = _running_cost(folder, trainer, mixer, evaluations=2)
         result = {
-            "mixture": effective_mixtures(records).mean(0).tolist(),
+            "mixture": recorded_mixtures(folder.path, self.store.domains).mean(0).tolist(),
             "initial_losses": initial.tolist(),
             "final_losses": [x if math.isfinite(x) else None for x in final.tolist()],
             "cost": _total(running.values()),
@@ -228,15 +229,6 @@ def decision_interval(mixer: Mixer, settings: Mapping[str, Any]) -> int:
     if isinstance(mixer, PolicyMixer):
         return scaled_interval(mixer.policy, settings["steps"])
     return int(settings["decision_every"])
-
-
-def effective_mixtures(records: list[dict[str, Any]]) -> np.ndarray:
-    """Mixtures (steps, K) by which the logged steps weighed the domains: requested × loss weights."""
-    mixtures = np.array([record["requested"] for record in records], dtype=np.float64)
-    factors = [record.get("loss_weights") or [1.0] * mixtures.shape[1] for record in records]
-    weighted = mixtures * np.array(factors, dtype=np.float64)
-    normalised: np.ndarray = weighted / weighted.sum(1, keepdims=True)
-    return normalised
 
 
 def _result(record: Mapping[str, Any]) -> RunResult:

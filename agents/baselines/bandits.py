@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from acodm_env.errors import ConfigError
+from acodm_env.mixture import softmax
 from acodm_env.trainer import Array, Mixer, RunInfo, StepStats
 
 PUBLISHED_HORIZON = 41_667
@@ -155,9 +156,7 @@ class OdmPaper(_Odm):
 
     def _greedy(self) -> Array:
         exponent = self._epsilon(self.updates - 1) * self.rewards
-        soft = np.exp(exponent - exponent.max())
-        greedy: Array = soft / soft.sum()
-        return greedy
+        return softmax(exponent)
 
 
 class OdmReleased(_Odm):

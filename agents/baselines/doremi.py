@@ -15,6 +15,7 @@ from acodm_env.errors import ConfigError
 from acodm_env.mixture import check_weights
 from acodm_env.trainer import Array, Mixer, RunInfo, RunRequest, RunResult, StepStats
 
+from .options import positive
 from .static import Proportional, Static, Uniform
 
 Mixture = str | Mapping[str, float] | Sequence[float]
@@ -32,17 +33,6 @@ def fixed_mixture(mixture: Mixture, info: RunInfo) -> Array:
     mixer = _BY_NAME[mixture]() if isinstance(mixture, str) and mixture in _BY_NAME else Static(mixture)
     mixer.start(info)
     return mixer.weights()
-
-
-def positive(name: str, value: float) -> float:
-    """Return an option that must be a positive number.
-
-    Raises:
-        ConfigError: it is not.
-    """
-    if not (math.isfinite(value) and value > 0):
-        raise ConfigError(f"{name}={value}: must be a positive number")
-    return value
 
 
 class DoremiProxy(Mixer):

@@ -19,7 +19,8 @@ from acodm_env.errors import ConfigError
 from acodm_env.interaction import InteractionConfig, InteractionTracker
 from acodm_env.trainer import Array, Mixer, RunInfo, RunRequest, StepStats, merge
 
-from .doremi import ProxyMean, positive
+from .doremi import ProxyMean
+from .options import positive
 
 _RANGE = 30.0  # nats; e^-30 is no weight, but the way back from it is finite
 

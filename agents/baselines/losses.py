@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 
 from acodm_env.errors import ConfigError, unknown
+from acodm_env.mixture import softmax
 from acodm_env.trainer import Array, Mixer, RunInfo, RunRequest, RunResult, StepStats
+
+from .options import positive
 
 
 class SoftmaxLoss(Mixer):
@@ -40,7 +43,7 @@ class SoftmaxLoss(Mixer):
 
     def weights(self) -> Array:
         """softmax(L/T) (K,)."""
-        return _softmax(self._losses / self.temperature)
+        return softmax(self._losses / self.temperature)
 
     def update(self, stats: StepStats) -> None:
         """Take in the losses of the domains that were drawn."""
@@ -95,11 +98,9 @@ class ShearedLlama(Mixer):
             target_losses: {domain: nats}, for every domain; None: those of a reference run.
             clip: count a loss below its target as equal to it.
         """
-        if not (math.isfinite(learning_rate) and learning_rate > 0):
-            raise ConfigError(f"learning_rate={learning_rate}: must be a positive number")
         if not 0 < floor <= 1:
             raise ConfigError(f"floor={floor}: must be in (0, 1]; at 0 a domain that is left out never comes back")
-        self.learning_rate, self.floor, self.clip = learning_rate, floor, clip
+        self.learning_rate, self.floor, self.clip = positive("learning_rate", learning_rate), floor, clip
         self._given = None
         if target_losses is not None:
             self._given = {name: _nats(name, loss) for name, loss in target_losses.items()}
@@ -180,7 +181,7 @@ class ShearedLlama(Mixer):
         lacking = self._losses - self._targets
         if self.clip:
             lacking = np.maximum(lacking, 0.0)
-        tilted = _softmax(np.log(self._weights) + self.learning_rate * lacking)
+        tilted = softmax(np.log(self._weights) + self.learning_rate * lacking)
         mixture = (1 - self.floor) * tilted + self.floor / len(tilted)
         self._weights = mixture / mixture.sum()
 
@@ -202,9 +203,3 @@ def _nats(name: str, value: object) -> float:
     if not math.isfinite(loss):
         raise ConfigError(f"target_losses.{name}={value}: must be a finite number of nats")
     return loss
-
-
-def _softmax(logits: Array) -> Array:
-    soft = np.exp(logits - logits.max())
-    normalised: Array = soft / soft.sum()
-    return normalised

@@ -27,6 +27,8 @@ from acodm_env.laws import MixingLaw, fit_law
 from acodm_env.mixture import check_weights
 from acodm_env.trainer import Array, Mixer, RunInfo, RunRequest, RunResult
 
+from .options import whole
+
 _PRIORS = ("uniform", "proportional", "square-root")
 
 
@@ -50,8 +52,8 @@ class _Regression(Mixer):
     dynamic = False
 
     def __post_init__(self) -> None:
-        _whole("runs", self.runs, 3)
-        _whole("seed", self.seed, 0)
+        whole("runs", self.runs, 3)
+        whole("seed", self.seed, 0)
         _one_of("prior", self.prior, _PRIORS)
         if not 0 < self.steps_frac <= 1:
             raise ConfigError(f"steps_frac={self.steps_frac}: must be in (0, 1], a share of the horizon")
@@ -155,8 +157,8 @@ class _Simulated(_Regression):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _whole("simulations", self.simulations, 1)
-        if _whole("top", self.top, 1) > self.simulations:
+        whole("simulations", self.simulations, 1)
+        if whole("top", self.top, 1) > self.simulations:
             raise ConfigError(f"top={self.top}: must be at most simulations={self.simulations}")
 
     def _choose(self, mixtures: Array, losses: Array) -> object:
@@ -316,9 +318,3 @@ def _prior(name: str, info: RunInfo) -> Array:
 def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         unknown(name, value, choices)
-
-
-def _whole(name: str, value: int, smallest: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
-        raise ConfigError(f"{name}={value}: must be a whole number of at least {smallest}")
-    return value

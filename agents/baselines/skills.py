@@ -5,7 +5,6 @@ targets need not be the K domains: a target's part counts by its weight in the o
 where all count alike, as in the papers.
 """
 
-import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from itertools import count
@@ -14,7 +13,10 @@ from typing import Any
 import numpy as np
 
 from acodm_env.errors import ConfigError
+from acodm_env.mixture import softmax
 from acodm_env.trainer import Array, Mixer, RunInfo, RunRequest, RunResult, StepStats
+
+from .options import positive, whole
 
 _USUAL_PROBE_STEPS = 4
 
@@ -50,8 +52,8 @@ class SkillIt(Mixer):
             probe_frac: length of each of the K preparatory runs, as a fraction of the horizon, in (0, 1].
             graph: A, K rows of M non-negative numbers, for who has it; None: from preparatory runs.
         """
-        self.learning_rate = _positive("learning_rate", learning_rate)
-        self.window = _whole("window", window)
+        self.learning_rate = positive("learning_rate", learning_rate)
+        self.window = whole("window", window)
         if not 0 < probe_frac <= 1:
             raise ConfigError(f"probe_frac={probe_frac}: must be in (0, 1]")
         self.probe_frac = probe_frac
@@ -108,7 +110,7 @@ class SkillIt(Mixer):
         """The mixture (K,) for the next step."""
         assert self._graph is not None  # `start` saw to it
         losses = np.sum(self._recent, axis=0) if self._recent else np.ones(len(self._importance))  # (M,)
-        return _softmax(self.learning_rate * self._graph @ (self._importance * losses))
+        return softmax(self.learning_rate * self._graph @ (self._importance * losses))
 
     def update(self, stats: StepStats) -> None:
         """Remember an evaluation."""
@@ -174,7 +176,7 @@ class Aioli(Mixer):
             warmup_frac: share of the steps before the first round, in [0, 1); at least one step.
             seed: of the order of the probes, beside the run's own.
         """
-        self.learning_rate = _positive("learning_rate", learning_rate)
+        self.learning_rate = positive("learning_rate", learning_rate)
         if not 0 < rho <= 1:
             raise ConfigError(f"rho={rho}: must be in (1/K, 1]")
         if not 0 <= ema < 1:
@@ -184,8 +186,8 @@ class Aioli(Mixer):
         if not 0 <= warmup_frac < 1:
             raise ConfigError(f"warmup_frac={warmup_frac}: must be in [0, 1)")
         self.rho, self.ema, self.probe_frac, self.warmup_frac = rho, ema, probe_frac, warmup_frac
-        self.rounds = _whole("rounds", rounds)
-        self.probe_steps = None if probe_steps is None else _whole("probe_steps", probe_steps)
+        self.rounds = whole("rounds", rounds)
+        self.probe_steps = None if probe_steps is None else whole("probe_steps", probe_steps)
         self.seed = seed
 
     def start(self, info: RunInfo) -> None:
@@ -265,7 +267,7 @@ class Aioli(Mixer):
         if self._matrix is None:
             return np.full(self.info.num_domains, 1 / self.info.num_domains)
         tilt: Array = self._importance @ self._matrix  # (K,)
-        return _softmax(self.learning_rate * tilt)
+        return softmax(self.learning_rate * tilt)
 
     def update(self, stats: StepStats) -> None:
         """Take in what a probe did; after a round's last, the matrix."""
@@ -301,21 +303,3 @@ class Aioli(Mixer):
         self._losses = np.array(state["losses"], dtype=np.float64)
         self._drops = np.array(state["drops"], dtype=np.float64)
         self._matrix = None if state["matrix"] is None else np.array(state["matrix"], dtype=np.float64)
-
-
-def _positive(name: str, value: float) -> float:
-    if not (math.isfinite(value) and value > 0):
-        raise ConfigError(f"{name}={value}: must be a positive number")
-    return value
-
-
-def _whole(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name}={value}: must be a whole number of at least 1")
-    return value
-
-
-def _softmax(logits: Array) -> Array:
-    soft = np.exp(logits - logits.max())
-    normalised: Array = soft / soft.sum()
-    return normalised
