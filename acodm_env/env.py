@@ -49,6 +49,9 @@ class MixtureEnv(gym.Env[Observation, NDArray[np.float32]]):
     | layer_change | M_layers | their relative change since the previous decision |
     | progress | 1 | step / horizon |
     | pending | lag·K | mixtures decided but not yet in effect (only with `lag`) |
+    | target_loss | M | last held-out loss of every target, nats (on request) |
+    | delta_target_loss | M | its change since the previous decision, nats (on request) |
+    | mask | K | 1 for a domain, 0 for padding (on request) |
 
     ## Rewards
     Named terms, see `acodm_env.reward`; default `interaction`. `info["domain_rewards"]` (K,) is always there.
@@ -92,10 +95,11 @@ class MixtureEnv(gym.Env[Observation, NDArray[np.float32]]):
         self.observer = Observer(trainer.info, fields, interaction)
         self.observation_space = gym.spaces.Box(self.observer.low, self.observer.high, dtype=np.float32)
         self.action_space = gym.spaces.Box(-1.0, 1.0, (trainer.info.num_domains,), dtype=np.float32)
-        self._objective_weights = objective_weights(self.reward_config.objective, trainer.info)
+        objective_weights(self.reward_config.objective, trainer.info)  # refuse early
+        self._needs = self.observer.needs | self.reward_config.needs
         self.bounds.project(self.action_map.weights(np.zeros(trainer.info.num_domains)))  # refuse early
-        require(trainer, self.observer.needs | self.reward_config.needs, "env: fields and reward")
-        _check_samples(trainer, self.observer.needs | self.reward_config.needs)
+        require(trainer, self._needs, "env: fields and reward")
+        _check_samples(trainer, self._needs)
         self._uniform_curve: dict[int, float] | None = None
         self._history: list[StepStats] = []
         self._episode_rng: dict[str, Any] | None = None
@@ -110,27 +114,28 @@ class MixtureEnv(gym.Env[Observation, NDArray[np.float32]]):
             self._uniform_curve = self._run_uniform()
         self.trainer.reset(np.random.default_rng(int(self.np_random.integers(2**63))))
         self._history = []
-        self._weights = self.action_map.weights(np.zeros(self.trainer.info.num_domains))
+        observation = self.observer.start(self.trainer.info)
+        self._objective_weights = objective_weights(self.reward_config.objective, self.trainer.info)
+        self._weights = self._mixture(np.zeros(self.trainer.info.num_domains))
         self._objective = self.trainer.info.initial_loss_nats
         if "validation" in self.reward_config.needs:
-            self._objective = self._evaluate()
+            self._objective = self._judge(self.trainer.evaluate("validation"))
         self._last_parts = dict.fromkeys(self.reward_config.terms, 0.0)
-        observation = self.observer.start(self.trainer.info)
         return observation, self._info(np.zeros(len(self._weights)), diverged=False)
 
     def step(self, action: NDArray[np.float32]) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Train `decision_every` optimiser steps under the action's mixture."""
         if self._episode_rng is None:
             raise ConfigError("step() was called before reset(): call reset() first")
-        self._weights = self.bounds.project(
-            self.action_map.weights(np.asarray(action, dtype=np.float64)), self.observer.epochs
-        )
+        self._weights = self._mixture(np.asarray(action, dtype=np.float64))
         window = self._train_window()
         diverged = window.diverged
         ended = diverged or window.step >= self.trainer.info.horizon
         before = self._objective
-        if not diverged and (ended or "validation" in self.reward_config.needs):
-            self._objective = self._evaluate()
+        if not diverged and (ended or "validation" in self._needs):
+            held_out = self.trainer.evaluate("validation")
+            window = replace(window, eval_losses=held_out)
+            self._objective = self._judge(held_out)
         observation = self.observer.observe(window)
         self._history.append(replace(window, gradients=None))
         outcome = Outcome(
@@ -146,6 +151,10 @@ class MixtureEnv(gym.Env[Observation, NDArray[np.float32]]):
         info = self._info(domain_rewards, diverged=diverged)
         return observation, float(reward), bool(diverged), bool(ended and not diverged), info
 
+    def _mixture(self, action: Array) -> Array:
+        mask = self.observer.mask if self.trainer.info.padding else None
+        return self.bounds.project(self.action_map.weights(action, mask), self.observer.epochs)
+
     def _train_window(self) -> StepStats:
         window: StepStats | None = None
         for _ in range(self.trainer.info.decision_every):
@@ -156,8 +165,9 @@ class MixtureEnv(gym.Env[Observation, NDArray[np.float32]]):
         assert window is not None  # decision_every >= 1 is checked by the trainer
         return window
 
-    def _evaluate(self) -> float:
-        value = float(self._objective_weights @ self.trainer.evaluate("validation"))
+    def _judge(self, losses: Array) -> float:
+        """The objective of held-out losses (M,), nats."""
+        value = float(self._objective_weights @ losses)
         return value if np.isfinite(value) else self.trainer.info.initial_loss_nats
 
     def _run_uniform(self) -> dict[int, float]:
@@ -165,10 +175,11 @@ class MixtureEnv(gym.Env[Observation, NDArray[np.float32]]):
         num_domains = self.trainer.info.num_domains
         self.trainer.reset(np.random.default_rng(0))
         self._weights = np.full(num_domains, 1 / num_domains)
-        curve = {0: self._evaluate()}
+        self._objective_weights = objective_weights(self.reward_config.objective, self.trainer.info)
+        curve = {0: self._judge(self.trainer.evaluate("validation"))}
         while max(curve) < self.trainer.info.horizon:
             step = self._train_window().step
-            curve[step] = self._evaluate()
+            curve[step] = self._judge(self.trainer.evaluate("validation"))
         return curve
 
     def _uniform_drop(self, step: int) -> float:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from acodm_env.errors import ConfigError
 from acodm_env.trainer import Array, StepStats
@@ -38,22 +39,20 @@ class InteractionConfig:
 class InteractionTracker:
     """Running, scale-free view of the Gram matrix, one update per decision window."""
 
-    def __init__(self, num_domains: int, config: InteractionConfig | None = None):
+    def __init__(self, num_domains: int, config: InteractionConfig | None = None, batch: tuple[int, ...] = ()):
         self.config = config or InteractionConfig()
-        self.interaction: Array = np.zeros(num_domains)
-        """(K,) smoothed W_i / s, within ±2K."""
-        self.self_term: Array = np.zeros(num_domains)
-        """(K,) smoothed H_ii / s, within ±2K."""
-        self._diagonal: Array = np.full(num_domains, np.nan)  # last unbiased ‖g_i‖² seen per domain
-        self._scale = 0.0
-        self._updates = 0
+        self.interaction: Array = np.zeros((*batch, num_domains))
+        """(…, K) smoothed W_i / s, within ±2K."""
+        self.self_term: Array = np.zeros((*batch, num_domains))
+        """(…, K) smoothed H_ii / s, within ±2K."""
+        self._diagonal: Array = np.full((*batch, num_domains), np.nan)  # last unbiased ‖g_i‖² seen per domain
+        self._scale: Array = np.zeros((*batch, 1))  # 0 as long as there is none
 
     @property
     def log_norm(self) -> Array:
-        """(K,) ½·ln(‖g_i‖² / s): a domain's gradient norm against the running mean; 0 before it is known."""
-        if self._updates == 0:
-            return np.zeros_like(self._diagonal)
-        ratio = np.nan_to_num(self._diagonal, nan=self._scale) / self._scale
+        """(…, K) ½·ln(‖g_i‖² / s): a domain's gradient norm against the running mean; 0 before it is known."""
+        known = np.isfinite(self._diagonal) & (self._scale > 0)
+        ratio = np.divide(self._diagonal, self._scale, out=np.ones_like(self._diagonal), where=known)
         log_norm: Array = 0.5 * np.log(np.maximum(ratio, 1e-3))
         return log_norm
 
@@ -62,38 +61,33 @@ class InteractionTracker:
         if window.gradients is None or window.diverged:
             return
         gram, noise = window.gradients.gram()
-        off_diagonal = np.where(np.eye(len(gram), dtype=bool), 0.0, gram)
+        diagonal = np.diagonal(gram, axis1=-2, axis2=-1)  # (…, K)
+        off_diagonal = np.where(np.eye(gram.shape[-1], dtype=bool), 0.0, gram)
         present = window.counts > 0
-        pull = np.where(present, np.nansum(off_diagonal, axis=1), np.nan)  # (K,) W_i
-        if not np.isfinite(pull[present]).all():
-            return
-        if self._scale > 0:
-            self._smooth(self.interaction, pull / self._importance(window.requested) / self._scale)
-            self._smooth(self.self_term, np.diag(gram) / self._scale)
-        self._rescale(np.diag(gram), noise)
+        pull = np.where(present, np.nansum(off_diagonal, axis=-1), np.nan)  # (…, K) W_i
+        whole = (np.isfinite(pull) | ~present).all(-1, keepdims=True)  # (…, 1)
+        usable = whole & (self._scale > 0)
+        scale = np.where(usable, self._scale, 1.0)
+        self._smooth(self.interaction, pull / self._importance(window.requested) / scale, usable)
+        self._smooth(self.self_term, diagonal / scale, usable)
+        self._rescale(np.where(whole, diagonal, np.nan), noise)
 
     def _importance(self, weights: Array) -> Array | float:
         return np.maximum(weights, 1e-6) if self.config.importance_weighted else 1.0
 
-    def _smooth(self, running: Array, value: Array) -> None:
+    def _smooth(self, running: Array, value: Array, usable: NDArray[np.bool_]) -> None:
         keep = self.config.smoothing
-        limit = 2.0 * len(running)
-        known = np.isfinite(value)
+        limit = 2.0 * running.shape[-1]
+        known = np.isfinite(value) & usable
         running[known] = np.clip(keep * running[known] + (1 - keep) * value[known], -limit, limit)
 
     def _rescale(self, diagonal: Array, noise: Array) -> None:
         self._diagonal = np.where(np.isfinite(diagonal), diagonal, self._diagonal)
-        known = self._diagonal[np.isfinite(self._diagonal)]
-        if not len(known):
-            return
         # The unbiased trace can be negative by noise; the (noisy) norm bounds it away from zero.
-        noisy = (diagonal + noise)[np.isfinite(noise) & np.isfinite(diagonal)]
-        trace = max(float(known.mean()), 1e-2 * float(noisy.mean()) if len(noisy) else 0.0)
-        if trace <= 0:
-            return
-        keep = self.config.scale_smoothing if self._updates else 0.0
-        self._scale = keep * self._scale + (1 - keep) * trace
-        self._updates += 1
+        noisy = _mean(diagonal + noise, np.isfinite(noise) & np.isfinite(diagonal))
+        trace = np.maximum(_mean(self._diagonal, np.isfinite(self._diagonal)), 1e-2 * noisy)  # (…, 1)
+        keep = np.where(self._scale > 0, self.config.scale_smoothing, 0.0)
+        self._scale = np.where(trace > 0, keep * self._scale + (1 - keep) * trace, self._scale)
 
     def state_dict(self) -> dict[str, Any]:
         """All running values."""
@@ -101,8 +95,7 @@ class InteractionTracker:
             "interaction": self.interaction.copy(),
             "self_term": self.self_term.copy(),
             "diagonal": self._diagonal.copy(),
-            "scale": self._scale,
-            "updates": self._updates,
+            "scale": self._scale.copy(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -110,5 +103,10 @@ class InteractionTracker:
         self.interaction = np.array(state["interaction"], dtype=np.float64)
         self.self_term = np.array(state["self_term"], dtype=np.float64)
         self._diagonal = np.array(state["diagonal"], dtype=np.float64)
-        self._scale = float(state["scale"])
-        self._updates = int(state["updates"])
+        self._scale = np.array(state["scale"], dtype=np.float64)
+
+
+def _mean(values: Array, known: NDArray[np.bool_]) -> Array:
+    """(…, 1) mean over the known entries of (…, K); 0 where there is none."""
+    total: Array = np.where(known, values, 0.0).sum(-1, keepdims=True) / np.maximum(known.sum(-1, keepdims=True), 1)
+    return total

@@ -40,6 +40,23 @@ def softmax(logits: Array) -> Array:
     return mixture
 
 
+def _total(values: Array) -> Array:
+    """Sum over the last axis (…, 1); einsum is several times as fast as a reduction over many short rows."""
+    total: Array = values.sum(keepdims=True) if values.ndim == 1 else np.einsum("...k->...", values)[..., None]
+    return total
+
+
+def _present(mask: NDArray[Any], logits: Array) -> Array:
+    """1 for a domain, 0 for padding; (K,) or (…, K), as `logits` are."""
+    mask = np.asarray(mask)
+    if mask.shape not in (logits.shape, logits.shape[-1:]):
+        raise ConfigError(f"mask: must have the action's shape {logits.shape} or {logits.shape[-1:]}; got {mask.shape}")
+    present: Array = (mask > 0).astype(logits.dtype)
+    if not _total(present).all():
+        raise ConfigError("mask: must leave at least one domain; every one of them is masked as padding")
+    return present
+
+
 @dataclass(frozen=True, kw_only=True)
 class ActionMap:
     """α = (1−ε)·softmax(log prior + c·a) + ε/K for an action a in [−1, 1]^K (method: action, "ours").
@@ -63,12 +80,35 @@ class ActionMap:
         if self.prior is not None and min(self.prior) <= 0:
             raise ConfigError(f"prior={self.prior}: must be positive everywhere; use the floor for rare domains")
 
-    def weights(self, action: Array) -> Array:
-        """Mixture (K,) of an action (K,), which is clipped to [−1, 1]."""
-        action = np.clip(np.asarray(action, dtype=np.float64), -1.0, 1.0)
-        logits = self._log_prior(len(action)) + self.scale * action
-        soft = np.exp(logits - logits.max())
-        mixture: Array = (1 - self.floor) * soft / soft.sum() + self.floor / len(action)
+    def weights(self, action: Array, mask: NDArray[Any] | None = None) -> Array:
+        """Mixture (…, K) of an action (…, K), which is clipped to [−1, 1]; float32 stays float32.
+
+        Args:
+            action: one action (K,), or any number of them in leading dimensions.
+            mask: (K,) or (…, K), 1 for a domain and 0 for padding. Padding has the logit −∞: its weight is exactly
+                0, and the floor is spread over the domains alone.
+
+        Raises:
+            ConfigError: a prior or mask of another shape, or a mask without any domain.
+        """
+        action = np.asarray(action)
+        mixture: Array = np.clip(action, -1.0, 1.0, dtype=None if action.dtype == np.float32 else np.float64)
+        floor: Any = self.floor / mixture.shape[-1]
+        # In place: memory for every intermediate result costs more than the arithmetic.
+        mixture *= self.scale
+        if self.prior is not None:
+            mixture += self._log_prior(mixture.shape[-1]).astype(mixture.dtype)
+        if mask is not None:
+            floor = _present(mask, mixture)
+            np.copyto(mixture, -np.inf, where=floor == 0)
+            floor *= self.floor / _total(floor)
+        # Against overflow the largest logit is subtracted, or the scale c where that is as good and faster.
+        mixture -= self.scale if mixture.ndim > 1 and self.scale <= 20 else mixture.max(axis=-1, keepdims=True)
+        np.exp(mixture, out=mixture)
+        total = _total(mixture)
+        mixture *= 1 - self.floor
+        mixture /= total
+        mixture += floor
         return mixture
 
     def action(self, weights: Array) -> tuple[Array, float]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from acodm_env.errors import unknown
 from acodm_env.interaction import InteractionConfig, InteractionTracker
@@ -53,6 +53,10 @@ def _domains(info: RunInfo) -> int:
     return info.num_domains
 
 
+def _targets(info: RunInfo) -> int:
+    return len(info.targets)
+
+
 def _layers(info: RunInfo) -> int:
     return info.num_layers
 
@@ -89,7 +93,7 @@ FIELDS: dict[str, Field] = {
             0.0,
             1.0,
             "",
-            lambda o: o.drawn / max(float(o.drawn.sum()), 1.0),
+            lambda o: o.drawn / np.maximum(o.drawn.sum(-1, keepdims=True), 1.0),
         ),
         _field(
             "epochs",
@@ -136,7 +140,15 @@ FIELDS: dict[str, Field] = {
             "layers",
             lambda o: o.layer_changes,
         ),
-        _field("progress", "step / horizon", _one, 0.0, 1.0, "", lambda o: np.array([o.step / o.info.horizon])),
+        _field(
+            "progress",
+            "step / horizon",
+            _one,
+            0.0,
+            1.0,
+            "",
+            lambda o: np.full((*o.batch, 1), o.step / o.info.horizon, dtype=o.losses.dtype),
+        ),
         _field(
             "pending",
             "mixtures decided but not yet in effect, oldest first",
@@ -144,12 +156,34 @@ FIELDS: dict[str, Field] = {
             0.0,
             1.0,
             "",
-            lambda o: o.pending.ravel(),
+            lambda o: o.pending.reshape(*o.batch, -1),
         ),
+        _field(
+            "target_loss",
+            "last held-out loss of every target, nats; ln V before the first evaluation",
+            _targets,
+            0.0,
+            lambda info: 2 * info.initial_loss_nats,
+            "validation",
+            lambda o: o.target_losses,
+        ),
+        _field(
+            "delta_target_loss",
+            "its change since the previous decision, nats",
+            _targets,
+            lambda info: -info.initial_loss_nats,
+            lambda info: info.initial_loss_nats,
+            "validation",
+            lambda o: o.target_losses - o.previous_target_losses,
+        ),
+        _field("mask", "1 for a domain, 0 for padding", _domains, 0.0, 1.0, "", lambda o: o.mask),
     )
 }
 
-DEFAULT_FIELDS: tuple[str, ...] = tuple(name for name in FIELDS if name != "pending")
+DEFAULT_FIELDS: tuple[str, ...] = (
+    *("loss", "delta_loss", "sample_share", "epochs", "gradient_norm", "interaction"),
+    *("layer_norm", "layer_change", "progress"),
+)
 
 
 def resolve_fields(names: Sequence[str] | None, info: RunInfo) -> tuple[Field, ...]:
@@ -167,20 +201,31 @@ def resolve_fields(names: Sequence[str] | None, info: RunInfo) -> tuple[Field, .
 
 
 class Observer:
-    """Builds the observation from `StepStats`, and remembers what the Δ fields need."""
+    """Builds the observation from `StepStats`, and remembers what the Δ fields need.
+
+    With `batch=(N,)` all arrays have N rows, one for each of N runs that go in step; vectors are then (N, D).
+    """
 
     def __init__(
         self,
         info: RunInfo,
         fields: Sequence[str] | None = None,
         interaction: InteractionConfig | None = None,
+        *,
+        batch: tuple[int, ...] = (),
+        dtype: DTypeLike = np.float64,
     ):
         self.info: RunInfo = info
+        self.batch: tuple[int, ...] = batch
+        self._dtype = np.dtype(dtype)
         self.step: int
         self.losses: Array
         self.previous_losses: Array
+        self.target_losses: Array
+        self.previous_target_losses: Array
         self.drawn: Array
         self.epochs: Array
+        self.mask: Array
         self.tracker: InteractionTracker
         self.layer_norms: Array
         self.layer_changes: Array
@@ -192,27 +237,42 @@ class Observer:
         self._interaction = interaction or InteractionConfig()
         self.start(info)
 
-    def start(self, info: RunInfo) -> NDArray[np.float32]:
-        """Forget everything and return the observation before the first step (D,)."""
+    def start(self, info: RunInfo, mask: Array | None = None) -> NDArray[np.float32]:
+        """Forget everything and return the observation before the first step (…, D).
+
+        Args:
+            info: the run.
+            mask: (…, K) 1 for a domain, 0 for padding; by default as `info.padding` says.
+        """
         num_domains = info.num_domains
         self.info = info
         self.step = 0
-        self.losses = np.full(num_domains, info.initial_loss_nats)
+        self.losses = self._full(num_domains, info.initial_loss_nats)
         self.previous_losses = self.losses.copy()
-        self.drawn = np.zeros(num_domains)
-        self.epochs = np.zeros(num_domains)
+        self.target_losses = self._full(len(info.targets), info.initial_loss_nats)
+        self.previous_target_losses = self.target_losses.copy()
+        self.drawn = self._full(num_domains, 0.0)
+        self.epochs = self._full(num_domains, 0.0)
+        self.mask = self._full(num_domains, 1.0) if mask is None else np.asarray(mask, dtype=self._dtype)
+        if mask is None and info.padding:
+            self.mask[..., -info.padding :] = 0.0
         self.layer_norms = np.array(info.initial_layer_norms or [0.0] * info.num_layers)
         self.layer_changes = np.zeros(info.num_layers)
-        self.pending = np.full((info.lag, num_domains), 1 / num_domains)
-        self.tracker = InteractionTracker(num_domains, self._interaction)
-        self.clipped_frac = 0.0
+        self.pending = np.full((*self.batch, info.lag, num_domains), 1 / num_domains, dtype=self._dtype)
+        self.tracker = InteractionTracker(num_domains, self._interaction, self.batch)
         return self._vector()
 
+    def _full(self, size: int, value: float) -> Array:
+        return np.full((*self.batch, size), value, dtype=self._dtype)
+
     def observe(self, window: StepStats) -> NDArray[np.float32]:
-        """Take in the window since the last decision and return the observation (D,)."""
+        """Take in the window since the last decision and return the observation (…, D)."""
         self.step = window.step
         self.previous_losses = self.losses
         self.losses = np.where(np.isfinite(window.losses), window.losses, self.losses)
+        self.previous_target_losses = self.target_losses
+        if window.eval_losses is not None:
+            self.target_losses = np.where(np.isfinite(window.eval_losses), window.eval_losses, self.target_losses)
         self.drawn, self.epochs = window.drawn, window.epochs
         if window.layer_norms is not None and window.layer_changes is not None:
             self.layer_norms, self.layer_changes = window.layer_norms, window.layer_changes
@@ -223,11 +283,13 @@ class Observer:
 
     def _vector(self) -> NDArray[np.float32]:
         parts = [field.compute(self) for field in self.fields]
-        raw = np.concatenate(parts) if parts else np.zeros(0)  # (D,)
-        raw = np.nan_to_num(raw, nan=0.0)
+        raw = np.concatenate(parts, axis=-1) if parts else self._full(0, 0.0)  # (…, D)
+        if not np.isfinite(raw.sum()):
+            raw = np.nan_to_num(raw, nan=0.0)
         clipped = np.clip(raw, self.low, self.high)
-        self.clipped_frac = float(np.mean(clipped != raw)) if len(raw) else 0.0
-        return clipped.astype(np.float32)
+        changed = np.count_nonzero(clipped != raw, axis=-1) / max(raw.shape[-1], 1)
+        self.clipped_frac: float = changed if self.batch else float(changed)
+        return clipped.astype(np.float32, copy=False)
 
     def _spread(self, value: Callable[[Field], float]) -> NDArray[np.float32]:
         sizes = [field.size(self.info) for field in self.fields]
@@ -242,6 +304,8 @@ class Observer:
         "step",
         "losses",
         "previous_losses",
+        "target_losses",
+        "previous_target_losses",
         "drawn",
         "epochs",
         "layer_norms",

@@ -3,6 +3,9 @@
 `policy.safetensors` holds the actor's weights, `policy.json` everything that must fit: format version, domains in
 order, observation fields with their sizes and normalisation statistics, action map, bounds, decision interval,
 provenance, and the SHA-256 of the weights. numpy and safetensors are all it takes to act.
+
+Two architectures share the folder's format: "dense" (here), for the domains it learned on, and "equivariant"
+(`acodm_env.equivariant`), for any. `Policy.load` reads both.
 """
 
 import hashlib
@@ -10,7 +13,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +27,10 @@ from acodm_env.observation import FIELDS, Observer
 from acodm_env.trainer import Array, Mixer, RunInfo, StepStats, merge
 
 FORMAT_VERSION = 1
-_ACTIVATIONS: dict[str, Callable[[NDArray[np.float32]], NDArray[np.float32]]] = {
+LAYER_NORM_EPSILON = 1e-5
+"""Added to the variance in a layer normalisation; torch's default."""
+Layers = tuple[tuple[NDArray[np.float32], NDArray[np.float32], str], ...]
+ACTIVATIONS: dict[str, Callable[[NDArray[np.float32]], NDArray[np.float32]]] = {
     "relu": lambda x: np.maximum(x, 0.0),
     "tanh": np.tanh,
     "identity": lambda x: x,
@@ -36,6 +42,8 @@ _ACTIVATIONS: dict[str, Callable[[NDArray[np.float32]], NDArray[np.float32]]] = 
 class Policy:
     """A deterministic actor: normalise the observation, apply dense layers, map the action to a mixture."""
 
+    architecture: ClassVar[str] = "dense"
+
     domains: tuple[str, ...]
     fields: tuple[tuple[str, int], ...]
     """(name, size) of every observation field, in order."""
@@ -45,8 +53,9 @@ class Policy:
     """Observation standard deviation (D,)."""
     clip: float
     """The normalised observation is clipped to ± this."""
-    layers: tuple[tuple[NDArray[np.float32], NDArray[np.float32], str], ...]
-    """(weight (out, in), bias (out,), activation) of every dense layer."""
+    layers: Layers
+    """(weight (out, in), bias (out,), activation) of every dense layer. A layer with a weight (out,) normalises
+    its inputs to mean 0 and variance 1 first, and multiplies each by its weight (layer normalisation)."""
     action: ActionMap
     bounds: Bounds
     interaction: InteractionConfig
@@ -60,11 +69,16 @@ class Policy:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Configuration, corpus fingerprint, proxy, tokens and seconds of learning, package versions."""
 
-    def act(self, observation: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Action (K,) in [−1, 1] for an observation (D,); (N, K) for (N, D)."""
+    def act(self, observation: NDArray[np.float32], mask: NDArray[Any] | None = None) -> NDArray[np.float32]:
+        """Action (K,) in [−1, 1] for an observation (D,); (N, K) for (N, D).
+
+        Args:
+            observation: the fields, in order.
+            mask: (K,) or (N, K), 1 for a domain, 0 for padding; only the equivariant architecture looks at it.
+        """
         hidden = np.clip((observation - self.mean) / self.scale, -self.clip, self.clip).astype(np.float32)
         for weight, bias, activation in self.layers:
-            hidden = _ACTIVATIONS[activation](hidden @ weight.T + bias)
+            hidden = ACTIVATIONS[activation](_affine(hidden, weight, bias))
         return hidden
 
     def untrained(self, rng: np.random.Generator) -> "Policy":
@@ -75,6 +89,9 @@ class Policy:
         """
         layers = []
         for weight, bias, activation in self.layers:
+            if weight.ndim == 1:  # layer normalisations begin as the identity
+                layers.append((np.ones_like(weight), np.zeros_like(bias), activation))
+                continue
             bound = 1 / np.sqrt(weight.shape[1])
             drawn = [rng.uniform(-bound, bound, size=array.shape).astype(np.float32) for array in (weight, bias)]
             layers.append((drawn[0], drawn[1], activation))
@@ -91,7 +108,7 @@ class Policy:
         with atomic_folder(path) as folder:
             weights = folder / "policy.safetensors"
             weights.write_bytes(save(tensors))
-            contract = self._contract() | {"weights_sha256": sha256(weights)}
+            contract = self._contract() | {"architecture": self.architecture, "weights_sha256": sha256(weights)}
             write_json(folder / "policy.json", contract | {"contract_sha256": _digest(contract)})
         return Path(path)
 
@@ -99,12 +116,7 @@ class Policy:
         return {
             "format_version": FORMAT_VERSION,
             "domains": list(self.domains),
-            "fields": [
-                {"name": name, "size": size, "mean": mean.tolist(), "scale": scale.tolist()}
-                for (name, size), mean, scale in zip(
-                    self.fields, self._split(self.mean), self._split(self.scale), strict=True
-                )
-            ],
+            "fields": self._describe_fields(),
             "clip": self.clip,
             "activations": [activation for _, _, activation in self.layers],
             "action": asdict(self.action),
@@ -116,6 +128,13 @@ class Policy:
             "gradients": self.gradients,
             "provenance": dict(self.provenance),
         }
+
+    def _describe_fields(self) -> list[dict[str, Any]]:
+        parts = zip(self.fields, self._split(self.mean), self._split(self.scale), strict=True)
+        return [
+            {"name": name, "size": size, "mean": mean.tolist(), "scale": scale.tolist()}
+            for (name, size), mean, scale in parts
+        ]
 
     @property
     def fingerprint(self) -> str:
@@ -152,46 +171,61 @@ class Policy:
         weights = path / "policy.safetensors"
         if not weights.is_file() or sha256(weights) != contract["weights_sha256"]:
             raise PolicyError(f"{weights}: missing, or its checksum does not match: cut short or edited; export again")
-        policy = cls._from_contract(contract, weights)
+        policy = _kind(contract, path)._from_contract(contract, weights)
         policy._check_shapes(path)
         return policy
 
     @classmethod
     def _from_contract(cls, contract: Mapping[str, Any], weights: Path) -> "Policy":
-        from safetensors.numpy import load_file
-
-        tensors = load_file(weights)
         return cls(
             domains=tuple(contract["domains"]),
             fields=tuple((entry["name"], int(entry["size"])) for entry in contract["fields"]),
             mean=np.array([x for entry in contract["fields"] for x in entry["mean"]], dtype=np.float64),
             scale=np.array([x for entry in contract["fields"] for x in entry["scale"]], dtype=np.float64),
-            clip=float(contract["clip"]),
-            layers=tuple(
+            **cls._common(contract, weights),
+        )
+
+    @staticmethod
+    def _common(contract: Mapping[str, Any], weights: Path) -> dict[str, Any]:
+        """What every architecture has."""
+        from safetensors.numpy import load_file
+
+        tensors = load_file(weights)
+        return {
+            "clip": float(contract["clip"]),
+            "layers": tuple(
                 (tensors[f"layers.{index}.weight"], tensors[f"layers.{index}.bias"], activation)
                 for index, activation in enumerate(contract["activations"])
             ),
-            action=from_dict(ActionMap, contract["action"], "action"),
-            bounds=from_dict(Bounds, contract["bounds"], "bounds"),
-            interaction=from_dict(InteractionConfig, contract["interaction"], "interaction"),
-            decision_every=int(contract["decision_every"]),
-            horizon=int(contract["horizon"]),
-            lag=int(contract["lag"]),
-            gradients=contract["gradients"],
-            provenance=contract["provenance"],
-        )
+            "action": from_dict(ActionMap, contract["action"], "action"),
+            "bounds": from_dict(Bounds, contract["bounds"], "bounds"),
+            "interaction": from_dict(InteractionConfig, contract["interaction"], "interaction"),
+            "decision_every": int(contract["decision_every"]),
+            "horizon": int(contract["horizon"]),
+            "lag": int(contract["lag"]),
+            "gradients": contract["gradients"],
+            "provenance": contract["provenance"],
+        }
 
     def _check_shapes(self, path: Path) -> None:
-        width = sum(size for _, size in self.fields)
-        for weight, bias, activation in self.layers:
-            if activation not in _ACTIVATIONS or weight.shape != (len(bias), width):
-                raise PolicyError(f"{path}: layer {weight.shape} does not follow {width} inputs; export it again")
-            width = len(bias)
+        width = check_layers(self.layers, sum(size for _, size in self.fields), path)
         if width != len(self.domains):
             raise PolicyError(f"{path}: {width} outputs for {len(self.domains)} domains; export it again")
 
     def check_fits(self, info: RunInfo) -> None:
         """Refuse a run whose domains or fields are not the ones learned on, naming the mismatch."""
+        self._check_domains(info)
+        for name, size in self.fields:
+            if name not in FIELDS:
+                raise PolicyError(f"fields: this version of the package has no field '{name}'; export it again")
+            self._check_size(name, size, info)
+            if "gram" in FIELDS[name].needs and self.gradients != info.gradients:
+                raise PolicyError(
+                    f"fields: '{name}' was learned with gradients measured as [{self.gradients}], this run measures "
+                    f"[{info.gradients}]; use the same settings, or learn without the gradient fields"
+                )
+
+    def _check_domains(self, info: RunInfo) -> None:
         if info.domains != self.domains:
             only_policy = [name for name in self.domains if name not in info.domains]
             only_run = [name for name in info.domains if name not in self.domains]
@@ -199,19 +233,48 @@ class Policy:
             if not only_policy and not only_run:
                 detail = f"same names in another order: {list(self.domains)} against {list(info.domains)}"
             raise PolicyError(f"domains: the policy does not fit this corpus; {detail}; learn one on this corpus")
-        for name, size in self.fields:
-            if name not in FIELDS:
-                raise PolicyError(f"fields: this version of the package has no field '{name}'; export it again")
-            if FIELDS[name].size(info) != size:
-                raise PolicyError(
-                    f"fields: '{name}' has {FIELDS[name].size(info)} entries here, {size} in the policy; "
-                    f"use the lag and layer depths it learned on (lag={self.lag})"
-                )
-            if "gram" in FIELDS[name].needs and self.gradients != info.gradients:
-                raise PolicyError(
-                    f"fields: '{name}' was learned with gradients measured as [{self.gradients}], this run measures "
-                    f"[{info.gradients}]; use the same settings, or learn without the gradient fields"
-                )
+
+    def _check_size(self, name: str, size: int, info: RunInfo) -> None:
+        if FIELDS[name].size(info) != size:
+            raise PolicyError(
+                f"fields: '{name}' has {FIELDS[name].size(info)} entries here, {size} in the policy; "
+                f"use the lag and layer depths it learned on (lag={self.lag})"
+            )
+
+
+def _affine(hidden: NDArray[np.float32], weight: NDArray[np.float32], bias: NDArray[np.float32]) -> NDArray[np.float32]:
+    """A dense layer, or a layer normalisation, before its activation."""
+    if weight.ndim == 2:
+        return hidden @ weight.T + bias
+    centred = hidden - hidden.mean(axis=-1, keepdims=True)
+    variance = np.square(centred).mean(axis=-1, keepdims=True)
+    normalised: NDArray[np.float32] = centred / np.sqrt(variance + LAYER_NORM_EPSILON) * weight + bias
+    return normalised
+
+
+def check_layers(layers: Layers, width: int, path: Path) -> int:
+    """Number of outputs, after checking that every layer takes what the one before it gives."""
+    for weight, bias, activation in layers:
+        fits = weight.shape in ((len(bias), width), (len(bias),)) and (weight.ndim == 2 or len(bias) == width)
+        if activation not in ACTIVATIONS or not fits:
+            raise PolicyError(f"{path}: layer {weight.shape} does not follow {width} inputs; export it again")
+        width = len(bias)
+    return width
+
+
+def _kind(contract: Mapping[str, Any], path: Path) -> type[Policy]:
+    """The class that reads this architecture; policies written before there were two are dense."""
+    architecture = contract.get("architecture", Policy.architecture)
+    if architecture == Policy.architecture:
+        return Policy
+    from acodm_env.equivariant import EquivariantPolicy
+
+    if architecture == EquivariantPolicy.architecture:
+        return EquivariantPolicy
+    raise PolicyError(
+        f"{path}: architecture='{architecture}': must be dense or equivariant; it was written by a newer version of "
+        f"this package; update it"
+    )
 
 
 def _digest(contract: Mapping[str, Any]) -> str:
@@ -255,7 +318,9 @@ class PolicyMixer(Mixer):
             self._window = None
 
     def _decide(self, observation: NDArray[np.float32]) -> None:
-        weights = self.policy.action.weights(self.policy.act(observation).astype(np.float64))
+        mask = self.observer.mask if self.info.padding else None
+        action = self.policy.act(observation, mask).astype(np.float64)
+        weights = self.policy.action.weights(action, mask)
         self._weights = self.policy.bounds.project(weights, self.observer.epochs)
 
     def diagnostics(self) -> dict[str, float]:

@@ -13,6 +13,7 @@ a policy inside. The objective is a weighted mean of *validation* losses.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -60,13 +61,13 @@ class RewardConfig:
 
 
 def objective_weights(objective: Mapping[str, float] | None, info: RunInfo) -> Array:
-    """Weights (M,) of the held-out targets, summing to 1.
+    """Weights (M,) of the held-out targets, summing to 1; by default those of the run.
 
     Raises:
         ConfigError: an unknown target, a negative weight, or no weight at all.
     """
     if objective is None:
-        return np.full(len(info.targets), 1 / len(info.targets))
+        return info.objective_weights
     for name in objective:
         if name not in info.targets:
             unknown("objective", name, info.targets)
@@ -79,29 +80,29 @@ def objective_weights(objective: Mapping[str, float] | None, info: RunInfo) -> A
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a reward is computed from, at the end of a decision window."""
+    """What a reward is computed from, at the end of a decision window; arrays may have leading batch dimensions."""
 
     weights: Array
     """Mixture (K,) in effect."""
     observer: Observer
-    objective_before: float
+    objective_before: Array | float
     """Held-out objective at the previous decision, nats."""
-    objective: float
+    objective: Array | float
     """Held-out objective now, nats; only meaningful where a term needs "validation"."""
-    uniform_drop: float
+    uniform_drop: Array | float
     """The drop of the objective in the uniform run between the same steps, nats; 0 if not asked for."""
     ended: bool
     """The episode's last decision."""
     diverged: bool
 
 
-def compute_terms(config: RewardConfig, outcome: Outcome) -> tuple[float, Array, dict[str, float]]:
-    """Scalar reward, per-domain rewards r (K,) and each term's contribution to the scalar.
+def compute_terms(config: RewardConfig, outcome: Outcome) -> tuple[Any, Array, dict[str, Any]]:
+    """Scalar reward (…), per-domain rewards r (…, K) and each term's contribution to the scalar.
 
     Per-domain rewards are the weighted sum of the per-domain terms alone; zero if there is none.
     """
-    domain_rewards = np.zeros(len(outcome.weights))
-    parts = dict.fromkeys(config.terms, 0.0)
+    domain_rewards = np.zeros_like(outcome.weights)
+    parts: dict[str, Any] = dict.fromkeys(config.terms, 0.0)
     if outcome.diverged:
         return -config.divergence_penalty, domain_rewards, parts
     for name, weight in config.terms.items():
@@ -110,8 +111,8 @@ def compute_terms(config: RewardConfig, outcome: Outcome) -> tuple[float, Array,
             parts[name] = weight * _global(name, outcome)
         else:
             domain_rewards += weight * per_domain
-            parts[name] = weight * float(outcome.weights @ per_domain)
-    return float(sum(parts.values())), domain_rewards, parts
+            parts[name] = weight * (outcome.weights * per_domain).sum(-1)
+    return sum(parts.values()), domain_rewards, parts
 
 
 def _per_domain(name: str, outcome: Outcome) -> Array | None:
@@ -123,7 +124,7 @@ def _per_domain(name: str, outcome: Outcome) -> Array | None:
     return None
 
 
-def _global(name: str, outcome: Outcome) -> float:
+def _global(name: str, outcome: Outcome) -> Any:
     if name == "final":
         return -outcome.objective if outcome.ended else 0.0
     return outcome.objective_before - outcome.objective - outcome.uniform_drop

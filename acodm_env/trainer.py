@@ -59,6 +59,8 @@ class RunInfo:
     """Model FLOPs of training on one token, forward and backward; a third of it is the forward pass."""
     eval_tokens: int = 0
     """Tokens of one evaluation."""
+    padding: int = 0
+    """How many of the last domains are padding, never drawn: a randomised surrogate's, whose arrays keep their shape."""
     seed: int = 0
 
     @property
@@ -345,14 +347,15 @@ class Lagged:
         """Start a new run; the loader is full of uniformly mixed batches."""
         self.inner.reset(rng)
         self.info = replace(self.inner.info, lag=self.lag)  # a reset may add to it
-        num_domains = self.info.num_domains
-        self._queue = deque(np.full(num_domains, 1 / num_domains) for _ in range(self.lag))
+        shape = (*getattr(self.inner, "batch", ()), self.info.num_domains)
+        self._queue = deque(np.full(shape, 1 / self.info.num_domains) for _ in range(self.lag))
 
     def step(self, weights: Array, loss_weights: Array | None = None) -> StepStats:
         """Queue `weights`, train under the oldest mixture of the queue."""
-        self._queue.append(np.array(weights, dtype=np.float64))  # a copy: the caller may change its array
+        self._queue.append(np.array(weights))  # a copy: the caller may change its array
         stats = self.inner.step(self._queue.popleft(), loss_weights)
-        return replace(stats, mixture_age=float(self.lag), pending=np.array(self._queue) if self.lag else None)
+        pending = np.stack(self._queue, axis=-2) if self.lag else None  # (…, lag, K)
+        return replace(stats, mixture_age=float(self.lag), pending=pending)
 
     def evaluate(self, split: str) -> Array:
         """The inner trainer's held-out losses (M,)."""

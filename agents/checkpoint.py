@@ -14,6 +14,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecNormalize
@@ -21,8 +22,13 @@ from stable_baselines3.common.vec_env import VecNormalize
 from acodm_env.errors import DataError
 from acodm_env.files import atomic_folder, read_json, read_state, sha256, write_json, write_state
 
-_COUNTERS = ("num_timesteps", "_n_updates", "_episode_num", "_total_timesteps", "_current_progress_remaining")
+_COUNTERS = (
+    "num_timesteps", "_n_updates", "_episode_num", "_total_timesteps", "_current_progress_remaining",
+    "learning_starts",  # a warm-up by a teacher sets it to 0
+)  # fmt: skip
 _REPLAY = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
+_HEADS = "head_rewards"
+"""Kept by the replay buffer of agents with one critic head per domain."""
 
 
 def save_checkpoint(folder: Path, model: BaseAlgorithm, venv: VecNormalize, extra: Mapping[str, Any]) -> None:
@@ -98,7 +104,7 @@ def _restore_run(model: BaseAlgorithm, venv: VecNormalize, state: Mapping[str, A
     model.ep_success_buffer = deque(maxlen=model._stats_window_size)
     if isinstance(model, OffPolicyAlgorithm) and model.replay_buffer is not None:
         replay = state["replay"]
-        for name in _REPLAY:
+        for name in _replay_arrays(model.replay_buffer):
             getattr(model.replay_buffer, name)[: len(replay[name])] = replay[name]
         model.replay_buffer.pos, model.replay_buffer.full = replay["pos"], replay["full"]
     noise = getattr(model, "action_noise", None)
@@ -147,7 +153,12 @@ def _replay(model: BaseAlgorithm) -> dict[str, Any]:
         return {}
     buffer = model.replay_buffer
     size = buffer.size()
-    return {name: getattr(buffer, name)[:size] for name in _REPLAY} | {"pos": buffer.pos, "full": buffer.full}
+    arrays = {name: getattr(buffer, name)[:size] for name in _replay_arrays(buffer)}
+    return arrays | {"pos": buffer.pos, "full": buffer.full}
+
+
+def _replay_arrays(buffer: ReplayBuffer) -> tuple[str, ...]:
+    return (*_REPLAY, _HEADS) if hasattr(buffer, _HEADS) else _REPLAY
 
 
 def _noise(model: BaseAlgorithm) -> dict[str, Any]:

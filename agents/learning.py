@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,21 @@ import numpy as np
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger, make_output_format
-from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from acodm_env.env import MixtureEnv
+from acodm_env.errors import ConfigError
 from acodm_env.files import recover_folder
 from acodm_env.policy import Policy
 
+from .algorithms import require_fit
+from .baselines import make_mixer
 from .checkpoint import load_checkpoint, load_networks, save_checkpoint
 from .export import to_policy
-from .sb3 import AgentRecipe, decisions_per_episode, make_agent, vectorise
+from .hyperparameters import SURROGATE, AgentRecipe, settings_for
+from .sb3 import build_agent, decisions_per_episode, env_id_of, normalised
+from .teacher import warm_up
 
 SATURATED = 0.95
 """An action entry beyond ± this counts as saturated."""
@@ -38,6 +44,12 @@ class Learning:
     """Episodes of experience."""
     evaluate_every: int = 5
     """Episodes between evaluations of the deterministic policy; 0 evaluates at the end only."""
+    checkpoint_every: int = 1
+    """Episodes between checkpoints: where an episode takes milliseconds, writing would take most of the time."""
+    teacher: str | None = None
+    """Mixer that fills the replay buffer and pre-trains the agent before its first episode."""
+    teacher_decisions: int = 200
+    """Decisions of the teacher."""
     seed: int = 0
 
 
@@ -50,19 +62,37 @@ class Learner:
         learning: Learning,
         recipe: AgentRecipe,
         folder: Path,
+        *,
+        conf_file: str | Path | None = None,
+        make_many: Callable[[], VecEnv] | None = None,
     ):
+        """Make environment and agent.
+
+        Args:
+            make_env: makes one environment: what is evaluated on, exported for and, without `make_many`, learned on.
+            learning: how long and how often.
+            recipe: changes of the hyper-parameters.
+            folder: of the run.
+            conf_file: hyper-parameters in RL-Zoo's format, instead of the shipped ones.
+            make_many: makes the same environment N times, as arrays; its episodes must end together.
+        """
+        require_fit(learning.algo)
         self.learning = learning
         self.folder = folder
         self.env = _unwrapped(make_env())
-        self.venv: VecNormalize = vectorise(self.env, recipe.gamma)
-        self.agent: BaseAlgorithm = make_agent(learning.algo, self.venv, recipe, seed=learning.seed)
+        settings = settings_for(learning.algo, env_id_of(self.env), recipe, conf_file)
+        self.venv: VecNormalize = normalised(make_many() if make_many else self.env, settings)
+        self.agent: BaseAlgorithm = build_agent(learning.algo, self.venv, settings, seed=learning.seed)
         self.venv.seed(learning.seed)
+        if learning.teacher is not None:
+            _check_teacher(self.agent, learning.teacher)
         self._make_env = make_env
         self._evaluation_env: MixtureEnv | None = None
         self.decisions = decisions_per_episode(self.venv)
         self.rows: list[Row] = []
         self.seconds = 0.0
         self.best_objective: float | None = None
+        self.warm_up: Row | None = None
 
     def checkpoint(self, name: str) -> Path:
         """Folder of the checkpoint "initial", "last" or "best"."""
@@ -70,14 +100,19 @@ class Learner:
 
     def save(self, name: str) -> None:
         """Save agent, log and clock as checkpoint `name`."""
-        extra = {"rows": self.rows, "seconds": self.seconds, "best_objective": self.best_objective}
+        extra = {
+            "rows": self.rows,
+            "seconds": self.seconds,
+            "best_objective": self.best_objective,
+            "warm_up": self.warm_up,
+        }
         save_checkpoint(self.checkpoint(name), self.agent, self.venv, extra)
 
     def load(self, name: str, *, resume: bool = True) -> None:
         """Go on from checkpoint `name`."""
         extra = load_checkpoint(self.checkpoint(name), self.agent, self.venv, resume=resume)
         self.rows, self.seconds = extra["rows"], float(extra["seconds"])
-        self.best_objective = extra["best_objective"]
+        self.best_objective, self.warm_up = extra["best_objective"], extra.get("warm_up")
 
     def load_networks(self, name: str) -> None:
         """Take the networks of checkpoint `name` and nothing else of it."""
@@ -90,8 +125,11 @@ class Learner:
         if len(self.rows) >= self.learning.episodes:
             return
         self.agent.set_logger(_logger(self.folder / "logs", self.agent.num_timesteps))
-        budget = self.learning.episodes * self.decisions - self.agent.num_timesteps  # fewer, if an episode diverges
         fresh = self.agent.num_timesteps == 0
+        if fresh and self.learning.teacher is not None:
+            self._follow(self.learning.teacher)
+        waves = -(-self.learning.episodes // self.venv.num_envs)
+        budget = waves * self.venv.num_envs * self.decisions - self.agent.num_timesteps  # fewer, if one diverges
         callback = _Episodes(self, on_decision)
         try:
             self.agent.learn(budget, callback=callback, reset_num_timesteps=fresh, log_interval=None)  # type: ignore[arg-type]
@@ -99,10 +137,23 @@ class Learner:
             self.agent.logger.close()
         self.load("last", resume=False)  # what was done beyond the last whole episode does not count
 
+    def _follow(self, teacher: str) -> None:
+        """Fill the replay buffer with the teacher's decisions and pre-train on them; their time counts as learning."""
+        started = time.perf_counter()
+        if not self.checkpoint("initial").exists():
+            self.venv.reset()
+            self.save("initial")  # of an agent that was taught nothing
+        report = warm_up(self.agent, teacher, decisions=self.learning.teacher_decisions, seed=self.learning.seed)
+        self.warm_up = asdict(report)
+        self.seconds += time.perf_counter() - started
+
     @property
     def steps(self) -> int:
-        """Optimiser steps of the proxy so far, evaluations included."""
-        return int(sum(row["steps"] + row.get("eval_steps", 0) for row in self.rows))
+        """Optimiser steps of the proxy so far, those of evaluations and of the teacher included; 0 on a surrogate."""
+        if env_id_of(self.env) == SURROGATE:
+            return 0
+        taught = self.warm_up["decisions"] * self.env.trainer.info.decision_every if self.warm_up else 0
+        return int(sum(row["steps"] + row.get("eval_steps", 0) for row in self.rows)) + taught
 
     def policy(self, provenance: Mapping[str, Any]) -> Policy:
         """The agent as it is now, in exported form."""
@@ -129,7 +180,7 @@ class _Episodes(BaseCallback):
         super().__init__()
         self.learner = learner
         self.on_decision = on_decision
-        self._seen: list[Row] = []
+        self._seen: list[Row] = []  # of each decision, arrays (N,) over the environments
         self._ended: list[Row] = []  # episodes that ended since the last checkpoint
         self._between_episodes = False
         self._started = time.perf_counter()
@@ -141,34 +192,36 @@ class _Episodes(BaseCallback):
     def _on_step(self) -> bool:
         if len(self.learner.rows) >= self.learner.learning.episodes:
             return False  # episodes that diverged were short: their decisions are left over
-        info, action = self.locals["infos"][0], np.asarray(self.locals["actions"])[0]
-        row = {
-            "reward": float(self.learner.venv.get_original_reward()[0]),
-            "saturation": float(np.mean(np.abs(action) > SATURATED)),
-            "clipped": info["clipped_frac"],
+        infos, dones = self.locals["infos"], self.locals["dones"]
+        seen = {
+            "reward": self.learner.venv.get_original_reward(),
+            "saturation": np.mean(np.abs(np.asarray(self.locals["actions"])) > SATURATED, axis=1),
+            "clipped": np.array([info.get("clipped_frac", np.nan) for info in infos]),
         }
-        self._seen.append(row)
-        self._between_episodes = bool(self.locals["dones"][0])
+        self._seen.append(seen)
+        self._between_episodes = bool(dones[0])
+        assert all(dones) == any(dones)  # see `make_many`
         if self._between_episodes:
-            self._ended.append(self._summary(info))
+            self._ended += [self._summary(index, info) for index, info in enumerate(infos)]
             self._seen = []
-        self.on_decision(row)
+        self.on_decision({name: float(np.mean(values)) for name, values in seen.items()})
         return True
 
-    def _summary(self, info: Row) -> Row:
+    def _summary(self, index: int, info: Row) -> Row:
+        diverged = info.get("diverged", 0.0)
         return {
-            "episode": len(self.learner.rows) + len(self._ended) + 1,
+            "episode": len(self.learner.rows) + len(self._ended) + index + 1,
             "decisions": self.learner.agent.num_timesteps,
-            "return": sum(seen["reward"] for seen in self._seen),
-            "objective": None if info["diverged"] else info["objective"],
-            "saturation": float(np.mean([seen["saturation"] for seen in self._seen])),
-            "clipped": float(np.mean([seen["clipped"] for seen in self._seen])),
-            "diverged": info["diverged"],
-            "steps": int(info["step"]),
+            "return": float(sum(seen["reward"][index] for seen in self._seen)),
+            "objective": None if diverged else float(info["objective"]),
+            "saturation": float(np.mean([seen["saturation"][index] for seen in self._seen])),
+            "clipped": _number(np.mean([seen["clipped"][index] for seen in self._seen])),
+            "diverged": diverged,
+            "steps": int(info.get("step", self.learner.env.trainer.info.horizon)),
         }
 
     def _on_rollout_start(self) -> None:
-        if self._ended:
+        if self._checkpoint_due():
             if not self._between_episodes:
                 self._start_episode()
             self._end_episodes()
@@ -177,11 +230,16 @@ class _Episodes(BaseCallback):
         if self._ended:
             self._end_episodes()
 
+    def _checkpoint_due(self) -> bool:
+        learning, number = self.learner.learning, len(self._ended)
+        last = len(self.learner.rows) + number >= learning.episodes
+        return number > 0 and (number >= learning.checkpoint_every or last)
+
     def _start_episode(self) -> None:
         """A rollout (PPO, A2C) ended inside an episode, after a divergence: only a whole episode can be saved."""
         agent = self.learner.agent
         agent._last_obs = self.learner.venv.reset()
-        agent._last_episode_starts = np.ones(1, dtype=bool)
+        agent._last_episode_starts = np.ones(self.learner.venv.num_envs, dtype=bool)
         self._seen = []
 
     def _end_episodes(self) -> None:
@@ -219,6 +277,11 @@ class _Episodes(BaseCallback):
         self.model.dump_logs()
 
 
+def _number(value: float) -> float | None:
+    """None for what the environments do not tell."""
+    return float(value) if np.isfinite(value) else None
+
+
 def _better(objective: float | None, best: float | None) -> bool:
     return objective is not None and (best is None or objective < best)
 
@@ -233,3 +296,13 @@ def _logger(folder: Path, num_timesteps: int) -> Logger:
 def _unwrapped(env: gym.Env[Any, Any]) -> MixtureEnv:
     assert isinstance(env.unwrapped, MixtureEnv)
     return env.unwrapped
+
+
+def _check_teacher(agent: BaseAlgorithm, teacher: str) -> None:
+    """Refuse a teacher before anything is written."""
+    make_mixer(teacher)
+    if not isinstance(agent, OffPolicyAlgorithm):
+        raise ConfigError(
+            f"teacher={teacher}: must be left out for {type(agent).__name__}; its decisions fill a replay buffer, "
+            f"which an on-policy algorithm has not; use td3, ddpg, sac or another off-policy algorithm"
+        )

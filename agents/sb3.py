@@ -1,125 +1,157 @@
-"""Stable-Baselines3 agents by one word: `make_agent("td3" | "ddpg" | "sac" | "ppo" | "a2c", env, recipe)`.
+"""Agents by one word: `make_agent("td3", env)`, with the hyper-parameters of `hyperparams/td3.yml`.
 
 The paper's agent is DDPG; TD3 is its successor with two critics, delayed actor updates and smoothed targets. A tanh
 actor saturates within a few dozen updates when transitions are few, and a saturated actor has no gradient to come
 back on: so observations and rewards are normalised, and the actor's loss gets a penalty on its pre-tanh logits.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
-import torch
-from stable_baselines3 import A2C, DDPG, PPO, SAC, TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.noise import NormalActionNoise
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from acodm_env.env import MixtureEnv
-from acodm_env.errors import ConfigError, unknown
-from acodm_env.trainer import RunInfo
+from acodm_env.errors import ConfigError
+from acodm_env.surrogate.trainer import SurrogateTrainer
+from acodm_env.trainer import Lagged, RunInfo
+
+from .algorithms import ALGORITHMS, load_class
+from .hyperparameters import OURS, PROXY, SURROGATE, AgentRecipe, Settings, settings_for
+from .penalty import LogitPenalty
+from .zoo_format import resolve
+
+__all__ = [
+    "ALGORITHMS",
+    "AgentRecipe",
+    "LogitPenalty",
+    "build_agent",
+    "decisions_per_episode",
+    "env_id_of",
+    "make_agent",
+    "normalised",
+    "vectorise",
+]
+
+DEFAULT_DECISIONS = 40
+"""Decisions in an episode of either environment with its default arguments: the unit of `n_steps` in the files."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class AgentRecipe:
-    """Hyper-parameters shared by all algorithms; each takes the ones that it has."""
-
-    gamma: float = 0.95
-    """Discount per decision (paper: 0.95)."""
-    learning_rate: float = 1e-3
-    """Of actor and critic."""
-    hidden: tuple[int, ...] = (64, 64)
-    """Units of the hidden layers of actor and critic (paper: 5 × 1024)."""
-    batch_size: int = 64
-    """Transitions per gradient step (off-policy) or minibatch (PPO)."""
-    weight_decay: float = 1e-2
-    """Decoupled (AdamW) weight decay of actor and critic (paper: 0.1)."""
-    logit_penalty: float = 0.1
-    """λ of λ/2·mean‖z‖² on the pre-tanh logits z, added to the actor's loss (TD3, DDPG). Not in the paper."""
-    buffer_size: int = 10_000
-    """Replay buffer in transitions (paper: 10,000)."""
-    learning_starts: int = 40
-    """Random decisions before learning begins (off-policy)."""
-    gradient_steps: int = 2
-    """Gradient steps per decision (off-policy)."""
-    tau: float = 0.005
-    """Rate of the target networks (paper: 0.001)."""
-    action_noise: float = 0.2
-    """Standard deviation of the exploration noise (TD3, DDPG)."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.gamma <= 1:
-            raise ConfigError(f"gamma={self.gamma}: must be in [0, 1]")
-        if not isinstance(self.hidden, tuple) or not all(isinstance(units, int) for units in self.hidden):
-            raise ConfigError(f"hidden={self.hidden}: must be a list of layer sizes, e.g. [64, 64]")
-        for name in ("learning_rate", "batch_size", "buffer_size", "tau"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}={getattr(self, name)}: must be positive")
+def vectorise(
+    env: MixtureEnv | gym.Env[Any, Any] | VecEnv, gamma: float, *, norm_obs: bool = True, norm_reward: bool = True
+) -> VecNormalize:
+    """Running normalisation of observation and reward around an environment, monitored, or around a vectorised one."""
+    vectorised = env if isinstance(env, VecEnv) else DummyVecEnv([lambda: Monitor(env)])
+    wrapper = VecNormalize(vectorised, gamma=gamma, norm_reward=norm_reward)
+    wrapper.norm_obs = norm_obs  # only now: checkpoints hold the statistics, used or not
+    return wrapper
 
 
-class _Pull(torch.autograd.Function):
-    """The identity, whose backward pass adds the gradient of λ/2·mean_batch‖z‖²."""
+def normalised(env: MixtureEnv | gym.Env[Any, Any] | VecEnv, settings: Settings) -> VecNormalize:
+    """`vectorise` as RL-Zoo's `normalize` says: true, false, or dict(norm_obs=…, norm_reward=…).
 
-    @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, strength: float) -> torch.Tensor:
-        ctx.save_for_backward(logits)
-        ctx.strength = strength
-        return logits.view_as(logits)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (logits,) = ctx.saved_tensors
-        return gradient + ctx.strength * logits / len(logits), None
-
-
-class LogitPenalty(torch.nn.Module):
-    """Penalises the logits that pass through it, wherever a loss is back-propagated through them."""
-
-    def __init__(self, strength: float):
-        super().__init__()
-        self.strength = strength
-
-    def forward(self, logits: torch.Tensor) -> torch.Tensor:
-        """The logits themselves (B, K)."""
-        penalised: torch.Tensor = _Pull.apply(logits, self.strength)  # type: ignore[no-untyped-call]
-        return penalised
+    Raises:
+        ConfigError: another value.
+    """
+    normalize = settings.get("normalize", False)
+    chosen = dict.fromkeys(("norm_obs", "norm_reward"), normalize) if isinstance(normalize, bool) else normalize
+    known = isinstance(chosen, dict) and chosen.keys() <= {"norm_obs", "norm_reward"}
+    if not known or not all(isinstance(value, bool) for value in chosen.values()):
+        raise ConfigError(f"normalize={normalize}: must be true, false, or dict(norm_obs=…, norm_reward=…) of those")
+    return vectorise(env, settings.get("gamma", 1.0), **chosen)
 
 
-def _penalise(agent: TD3, strength: float) -> None:
-    """Put the penalty in front of the tanh of actor and target actor."""
-    for actor in (agent.actor, agent.actor_target):
-        *dense, squash = actor.mu
-        actor.mu = torch.nn.Sequential(*dense, LogitPenalty(strength), squash)
+def make_agent(
+    name: str,
+    env: VecEnv,
+    recipe: AgentRecipe | None = None,
+    *,
+    env_id: str | None = None,
+    conf_file: str | Path | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+) -> BaseAlgorithm:
+    """An agent for vectorised `MixtureEnv`s, one or several.
+
+    Args:
+        name: one of `ALGORITHMS`.
+        env: see `vectorise`.
+        recipe: changes of the hyper-parameters.
+        env_id: the environment whose hyper-parameters to take; None: its own, see `env_id_of`.
+        conf_file: a YAML file in RL-Zoo's format instead of `hyperparams/<name>.yml`.
+        seed: seeds the global generators of python, numpy and torch, from which SB3 draws.
+        device: where the small networks live; the CPU is the fastest place for them.
+
+    Raises:
+        ConfigError: an unknown algorithm or setting, with a suggestion; or a package is missing.
+    """
+    settings = settings_for(name, env_id or env_id_of(env), recipe, conf_file)
+    return build_agent(name, env, settings, seed=seed, device=device)
 
 
-def _policy_kwargs(recipe: AgentRecipe) -> dict[str, Any]:
-    return {
-        "net_arch": list(recipe.hidden),
-        "activation_fn": torch.nn.ReLU,
-        "optimizer_class": torch.optim.AdamW,
-        "optimizer_kwargs": {"weight_decay": recipe.weight_decay},
-    }
+def build_agent(name: str, env: VecEnv, settings: Settings, *, seed: int = 0, device: str = "cpu") -> BaseAlgorithm:
+    """The agent of `settings_for`'s settings."""
+    assert isinstance(env.action_space, gym.spaces.Box)
+    kind = load_class(name)
+    arguments = {key: resolve(value) for key, value in settings.items() if key not in OURS}
+    policy = _policy(arguments.pop("policy", "MlpPolicy"))
+    if settings.get("noise_type"):
+        arguments["action_noise"] = _noise(settings, env.action_space.shape[0])
+    if "learning_rate" in arguments:
+        arguments["learning_rate"] = _schedule(arguments["learning_rate"])
+    if issubclass(kind, OnPolicyAlgorithm):
+        arguments |= _rollout(settings, decisions_per_episode(env), env.num_envs)
+    agent: BaseAlgorithm = kind(policy, env, seed=seed, device=device, **arguments)
+    return agent
 
 
-def _off_policy(recipe: AgentRecipe) -> dict[str, Any]:
-    return {
-        "buffer_size": recipe.buffer_size,
-        "learning_starts": recipe.learning_starts,
-        "batch_size": recipe.batch_size,
-        "tau": recipe.tau,
-        "train_freq": 1,
-        # The horizon is the end of the run, and `progress` is in the state: nothing follows it to bootstrap from.
-        "replay_buffer_kwargs": {"handle_timeout_termination": False},
-        "gradient_steps": recipe.gradient_steps,
-    }
+def _policy(name: str) -> Any:
+    """A policy's class from "package.module.Class"; a bare name is one of the algorithm's own policies."""
+    module, _, attribute = name.rpartition(".")
+    if not module:
+        return name
+    try:
+        return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"policy={name}: must be a policy's name or package.module.Class; {error}") from error
 
 
-def _deterministic(recipe: AgentRecipe, num_domains: int) -> dict[str, Any]:
-    noise = NormalActionNoise(np.zeros(num_domains), np.full(num_domains, recipe.action_noise))
-    return _off_policy(recipe) | {"action_noise": noise}
+def _noise(settings: Settings, num_domains: int) -> NormalActionNoise:
+    if settings["noise_type"] != "normal":
+        raise ConfigError(f"noise_type={settings['noise_type']}: must be normal")
+    return NormalActionNoise(np.zeros(num_domains), np.full(num_domains, float(settings["noise_std"])))
+
+
+def _schedule(rate: float | str) -> Any:
+    """A constant, or RL-Zoo's "lin_0.001": from 0.001 to 0 over the budget."""
+    if not isinstance(rate, str):
+        return rate
+    kind, _, start = rate.partition("_")
+    try:
+        initial = float(start)
+    except ValueError:
+        initial = 0.0
+    if kind != "lin" or initial <= 0:
+        raise ConfigError(f"learning_rate={rate}: must be a positive number, or lin_<number> for one that falls to 0")
+    return lambda remaining: remaining * initial
+
+
+def _rollout(settings: Settings, decisions: int, num_envs: int) -> Settings:
+    """Whole episodes per update: `n_steps` counts them at `DEFAULT_DECISIONS` each; minibatches divide them evenly.
+
+    On-policy algorithms bootstrap beyond the horizon, which SB3 does not let one switch off.
+    """
+    episodes = max(1, round(settings.get("n_steps", DEFAULT_DECISIONS) / DEFAULT_DECISIONS))
+    rollout: Settings = {"n_steps": episodes * decisions}
+    if "batch_size" in settings:
+        rollout["batch_size"] = _minibatch(episodes * decisions * num_envs, settings["batch_size"])
+    return rollout
 
 
 def _minibatch(number: int, at_most: int) -> int:
@@ -127,65 +159,16 @@ def _minibatch(number: int, at_most: int) -> int:
     return max((size for size in range(2, min(number, at_most) + 1) if number % size == 0), default=number)
 
 
-ALGORITHMS: dict[str, tuple[type[BaseAlgorithm], Callable[[AgentRecipe, int, int], dict[str, Any]]]] = {
-    "td3": (TD3, lambda recipe, num_domains, decisions: _deterministic(recipe, num_domains)),
-    "ddpg": (DDPG, lambda recipe, num_domains, decisions: _deterministic(recipe, num_domains)),
-    "sac": (SAC, lambda recipe, num_domains, decisions: _off_policy(recipe)),
-    "ppo": (
-        PPO,
-        lambda recipe, num_domains, decisions: {
-            "n_steps": decisions,
-            "batch_size": _minibatch(decisions, recipe.batch_size),
-        },
-    ),
-    "a2c": (
-        A2C,
-        lambda recipe, num_domains, decisions: {"n_steps": decisions, "use_rms_prop": False},
-    ),
-}
-"""Algorithm by name, and its keyword arguments from (recipe, K, decisions per episode); PPO and A2C update once an
-episode, and bootstrap beyond the horizon, which SB3 does not let one switch off."""
-
-
-def vectorise(env: MixtureEnv | gym.Env[Any, Any], gamma: float) -> VecNormalize:
-    """Wrap one environment as SB3 wants it: monitored, with running normalisation of observation and reward."""
-    return VecNormalize(DummyVecEnv([lambda: Monitor(env)]), gamma=gamma)
-
-
-def make_agent(
-    name: str, env: VecEnv, recipe: AgentRecipe | None = None, *, seed: int = 0, device: str = "cpu"
-) -> BaseAlgorithm:
-    """A Stable-Baselines3 agent for a vectorised `MixtureEnv`.
-
-    Args:
-        name: one of `ALGORITHMS`.
-        env: see `vectorise`.
-        recipe: hyper-parameters.
-        seed: seeds the global generators of python, numpy and torch, from which SB3 draws.
-        device: where the small networks live; the CPU is the fastest place for them.
-
-    Raises:
-        ConfigError: an unknown algorithm, with a suggestion.
-    """
-    if name not in ALGORITHMS:
-        unknown("algo", name, ALGORITHMS)
-    recipe = recipe or AgentRecipe()
-    kind, specific = ALGORITHMS[name]
-    make: Callable[..., BaseAlgorithm] = kind
-    assert isinstance(env.action_space, gym.spaces.Box)
-    agent = make(
-        "MlpPolicy",
-        env,
-        gamma=recipe.gamma,
-        learning_rate=recipe.learning_rate,
-        policy_kwargs=_policy_kwargs(recipe),
-        seed=seed,
-        device=device,
-        **specific(recipe, env.action_space.shape[0], decisions_per_episode(env)),
+def env_id_of(env: VecEnv | gym.Env[Any, Any]) -> str:
+    """The id of a registered environment; without one, Surrogate's on a surrogate, else ProxyPretrain's."""
+    spec, trainer = (
+        env.get_attr(name)[0] if isinstance(env, VecEnv) else getattr(env.unwrapped, name, None)
+        for name in ("spec", "trainer")
     )
-    if isinstance(agent, TD3) and recipe.logit_penalty > 0:  # DDPG is a TD3
-        _penalise(agent, recipe.logit_penalty)
-    return agent
+    if spec is not None:
+        return str(spec.id)
+    runs = trainer.inner if isinstance(trainer, Lagged) else trainer
+    return SURROGATE if isinstance(runs, SurrogateTrainer) else PROXY
 
 
 def decisions_per_episode(env: VecEnv) -> int:

@@ -16,16 +16,21 @@ from typing import Any
 COMMANDS = {
     "demo": ("DemoConfig", "the main job, end to end, in minutes"),
     "prepare": ("PrepareConfig", "tokenise a corpus into a token store"),
-    "train": ("TrainConfig", "learn a mixing policy on a proxy model"),
+    "train": ("TrainConfig", "learn a mixing policy on a proxy model or a surrogate"),
+    "tune": ("TuneConfig", "search an algorithm's hyper-parameters on a surrogate"),
     "export": ("ExportConfig", "write a learned agent as a policy folder"),
+    "regret": ("RegretConfig", "what agents and baselines recover on surrogates"),
+    "gate": ("GateConfig", "judge an exported policy before a target run"),
     "transfer": ("TransferConfig", "train a target under a policy or a baseline"),
     "benchmark": ("BenchmarkConfig", "compare mixers over seeds, with intervals and costs"),
     "report": ("ReportConfig", "compare runs on one page that opens in any browser"),
     "mixture": ("MixtureConfig", "print the mixture of a run"),
     "overhead": ("OverheadConfig", "measure what the gradient probe costs"),
+    "fit-surrogate": ("FitSurrogateConfig", "fit a response surface to finished runs"),
     "doctor": ("DoctorConfig", "print versions, device, paths and problems"),
 }
-"""Command: the name of its configuration in the module of the same name, and one line of help."""
+"""Command: the name of its configuration in the module of the same name (dashes are underscores there), and a line of
+help."""
 
 
 def main(arguments: Sequence[str] | None = None, command: str | None = None) -> None:
@@ -79,13 +84,13 @@ def _dispatch(arguments: list[str]) -> int:
         from acodm_env.errors import unknown
 
         unknown("command", name, COMMANDS)
-    module = importlib.import_module(f"acodm_env.experiments.{name}")
+    module = importlib.import_module(f"acodm_env.experiments.{name.replace('-', '_')}")
     return int(module.run(_parse(name, getattr(module, COMMANDS[name][0]), rest)) or 0)
 
 
 def _overview() -> str:
     lines = ["usage: acodm COMMAND [--help] [--config FILE.yaml] [--setting VALUE …]", "", "commands:"]
-    lines += [f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()]
+    lines += [f"  {name:<15}{text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join([*lines, "", "`acodm COMMAND --help` lists a command's settings with defaults and units."])
 
 
@@ -104,27 +109,53 @@ def _parse(name: str, kind: type[Any], arguments: list[str]) -> Any:
     except AcodmError:
         raise
     except Exception as error:  # jsonargparse raises several kinds; each is a user's error here
-        raise ConfigError(_explain(str(error), parser, arguments)) from error
+        raise ConfigError(_explain(str(error), parser, _flags(kind, arguments))) from error
     settings = {key: value for key, value in parsed.as_dict().items() if key != "config"}
     return kind(**settings)
 
 
 def _flags(kind: type[Any], arguments: list[str]) -> list[str]:
-    """Dashes to underscores, `--fresh` to `--fresh=true`, a leading RUN to `--run RUN`, several to `--runs=[…]`."""
+    """Every flag as the parser knows it.
+
+    Dashes become underscores, `--fresh` `--fresh=true`, `--no-gate` `--gate=false`, a leading RUN `--run RUN`, several
+    `--runs=[…]`, and so do the values of any list.
+    """
     names = {field.name for field in fields(kind)}
+    lists = {f"--{field.name}" for field in fields(kind) if field.type == list[str]} - {"--runs"}
+    arguments = _gathered(arguments, lists)
     switches = {f"--{field.name}" for field in fields(kind) if field.type in (bool, "bool")}
-    bare = _bare(arguments, switches) if names & {"run", "runs"} else []
+    negated = {f"--no_{flag[2:]}": f"{flag}=false" for flag in switches}
+    bare = _bare(arguments, switches | negated.keys()) if names & {"run", "runs"} else []
     rest = [argument for index, argument in enumerate(arguments) if index not in bare]
     folders = [arguments[index] for index in bare]
     if folders and "runs" in names:
         arguments = [f"--runs={json.dumps(folders)}", *rest]
     elif folders:
         arguments = ["--run", *folders, *rest]
-    spelt = [_dashes(argument) for argument in arguments]
+    spelt = [negated.get(flag, flag) for flag in map(_dashes, arguments)]
     answered = [following in ("true", "false") for following in [*spelt, ""][1:]]  # "--fresh false", in two words
     return [
         f"{flag}=true" if flag in switches and not value else flag for flag, value in zip(spelt, answered, strict=True)
     ]
+
+
+def _gathered(arguments: list[str], lists: set[str]) -> list[str]:
+    """The values of a list, `--check A B` or `--check A --check B`, as one: `--check=["A", "B"]`."""
+    rest, values, current = [], dict[str, list[str]](), None
+    for argument in arguments:
+        flag, equals, value = _dashes(argument).partition("=")
+        if argument.startswith("--"):
+            current = flag if flag in lists else None
+            if current is not None:
+                values.setdefault(flag, []).extend([value] if equals else [])
+        elif current is not None:
+            values[current].append(argument)
+        if current is None:
+            rest.append(argument)
+    for flag, found in values.items():
+        given = len(found) == 1 and found[0].startswith("[")  # as a list already
+        rest.append(f"{flag}={found[0] if given else json.dumps(found)}")
+    return rest
 
 
 def _bare(arguments: list[str], switches: set[str]) -> list[int]:

@@ -180,7 +180,7 @@ def _stats_record(stats: StepStats, seconds: float) -> dict[str, Any]:
         "epochs": _plain(stats.epochs),
         "loss": _plain(np.array(stats.loss)),
         "grad_norm": _plain(np.array(stats.grad_norm)),
-        "lr": stats.lr,
+        "lr": _plain(np.array(stats.lr)),
         "mixture_age": stats.mixture_age,
         "diverged": stats.diverged,
         "seconds": seconds,

@@ -1,6 +1,8 @@
 """`acodm transfer`: pre-train a target model under an exported policy or a baseline. No RL library is imported."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from acodm_env.agents.baselines import make_mixer
@@ -65,6 +67,8 @@ class TransferConfig:
     """Seed of model initialisation and data order: the same for every mixer to be compared."""
     out: str = "runs/transfer"
     """Folder of the run; the same command again resumes it."""
+    gate: bool = True
+    """Judge the policy first, as `acodm gate` does, and refuse one that fails; --no-gate goes on all the same."""
     quiet: bool = False
     """No progress bar."""
 
@@ -84,11 +88,23 @@ def run(config: TransferConfig) -> None:
     """Train, print the result and where it lies."""
     mixer = choose_mixer(config)  # before the corpus, which may have to be harvested
     reference = finished_run(config.reference) if config.reference else None
-    result = transfer(config, open_corpus(config.corpus, config.quiet), mixer, reference)
-    say(listing((name, value) for name, value in result.items() if name not in ("config", "domain_loss_nats")))
+    store = open_corpus(config.corpus, config.quiet)
+    result = transfer(config, store, mixer, reference, _gate(config, store, mixer))
+    untold = ("config", "domain_loss_nats", "gate")
+    say(listing((name, value) for name, value in result.items() if name not in untold))
     losses = result["domain_loss_nats"].items()
     say(listing((f"  {name}", "diverged" if loss is None else f"{loss:.4f} nats") for name, loss in losses))
     say(f"run: {config.out} (result.json, stats.jsonl, eval.jsonl)")
+
+
+def _gate(config: TransferConfig, store: TokenStore, mixer: Mixer) -> dict[str, Any] | None:
+    """The verdicts on the policy; None for a baseline, for a finished run, and where they are not wanted."""
+    finished = (Path(config.out) / "result.json").exists()
+    if not config.gate or finished or not isinstance(mixer, PolicyMixer):
+        return None
+    from acodm_env.experiments.gate import ask_before
+
+    return ask_before(mixer.policy, store, config.quiet)
 
 
 def choose_mixer(config: TransferConfig) -> Mixer:
@@ -113,9 +129,20 @@ def finished_run(path: str) -> RunFolder:
 
 
 def transfer(
-    config: TransferConfig, store: TokenStore, mixer: Mixer, reference: RunFolder | None = None
+    config: TransferConfig,
+    store: TokenStore,
+    mixer: Mixer,
+    reference: RunFolder | None = None,
+    gate: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Run (or resume, or just report) one target run and return its `result.json`.
+
+    Args:
+        config: the run.
+        store: its corpus.
+        mixer: who drives it.
+        reference: the run that its steps are counted against.
+        gate: the verdicts on the policy, for the record.
 
     Raises:
         ConfigError, PolicyError, DataError: something does not fit; `out` is untouched then.
@@ -130,16 +157,20 @@ def transfer(
     if before is None:
         _train(config, trainer, mixer, folder)
     fields = mixer_result(folder, reference)
-    if before is not None and reference is None:
-        fields["steps_to_reference_ratio"] = before["steps_to_reference_ratio"]
-    result = {"mixer": mixer.name, **fields, "corpus_fingerprint": store.fingerprint, "config": folder.config}
+    if before is not None:
+        gate = before.get("gate")
+        if reference is None:
+            fields["steps_to_reference_ratio"] = before["steps_to_reference_ratio"]
+    about = {"gate": gate, "corpus_fingerprint": store.fingerprint, "config": folder.config}
+    result = {"mixer": mixer.name, **fields, **about}
     write_json(folder.path / "result.json", result)
     return result
 
 
 def _identity(config: TransferConfig, store: TokenStore, mixer: Mixer) -> dict[str, Any]:
     """What makes a run this run: its settings, with the *contents* of policy and weights instead of their paths."""
-    identity = {name: value for name, value in asdict(config).items() if name not in ("quiet", "out", "reference")}
+    aside = ("quiet", "out", "reference", "gate")
+    identity = {name: value for name, value in asdict(config).items() if name not in aside}
     if isinstance(mixer, PolicyMixer):
         identity["policy"] = mixer.policy.fingerprint
     if config.weights is not None:

@@ -30,7 +30,7 @@ def command_lines():
 def test_every_command_line_of_the_pages_exists(arguments):
     command, flags = arguments[0], [a for a in arguments[1:] if a.startswith("--")]
     assert command in COMMANDS
-    module = import_module(f"acodm_env.experiments.{command}")
+    module = import_module(f"acodm_env.experiments.{command.replace('-', '_')}")
     settings = {field.name for field in fields(getattr(module, COMMANDS[command][0]))}
     assert {flag[2:].partition("=")[0].replace("-", "_") for flag in flags} <= settings | {"config"}
 

@@ -123,6 +123,94 @@ def test_prior_of_another_length_is_refused():
         ActionMap(prior=(0.5, 0.5)).weights(np.zeros(3))
 
 
+def by_hand(action, mask, scale, floor):
+    """The definition, domain by domain."""
+    exponentials = [math.exp(scale * min(max(a, -1), 1)) if m else 0.0 for a, m in zip(action, mask, strict=True)]
+    present = sum(bool(m) for m in mask)
+    return [
+        (1 - floor) * e / sum(exponentials) + (floor / present if m else 0.0)
+        for e, m in zip(exponentials, mask, strict=True)
+    ]
+
+
+def test_masked_action_by_hand():
+    weights = ActionMap().weights(np.array([0.5, 1.0, -0.5]), mask=np.array([1, 0, 1]))
+    assert weights == pytest.approx([0.9 * 0.880797 + 0.05, 0.0, 0.9 * 0.119203 + 0.05], abs=1e-6)
+    assert weights[1] == 0.0
+
+
+def test_mask_leaves_the_prior_of_the_others():
+    action_map = ActionMap(prior=(0.2, 0.5, 0.3), floor=0.0)
+    assert action_map.weights(np.zeros(3), mask=np.array([True, False, True])) == pytest.approx([0.4, 0.0, 0.6])
+
+
+@pytest.mark.parametrize("scale", [2.0, 50.0])  # beyond 20 the largest logit is subtracted, row by row
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_batches_equal_single_actions_and_the_definition(scale, dtype):
+    rng = np.random.default_rng(0)
+    action_map = ActionMap(scale=scale)
+    actions = rng.uniform(-1.2, 1.2, (40, 17)).astype(dtype)
+    actions[0] = -1.0
+    mask = (np.arange(17) < rng.integers(1, 18, 40)[:, None]).astype(dtype)
+    mask[0] = np.arange(17) != 3
+    actions[0, 3] = 1.0  # padding with by far the largest logit
+    for given, told in ((None, np.ones_like(mask)), (mask, mask), (mask[0], np.tile(mask[0], (40, 1)))):
+        weights = action_map.weights(actions, given)
+        assert weights.dtype == dtype
+        assert (weights[told == 0] == 0.0).all()
+        np.testing.assert_allclose(weights.sum(-1), 1.0, atol=1e-6 if dtype == np.float32 else 1e-14)
+        for action, row, present in zip(actions, weights, told, strict=True):
+            np.testing.assert_allclose(row, by_hand(action, present, scale, 0.1), rtol=2e-5, atol=1e-7)
+            single = action_map.weights(action, None if given is None else present)
+            np.testing.assert_allclose(row, single, rtol=1e-5 if dtype == np.float32 else 1e-13)
+    three = action_map.weights(actions.reshape(4, 10, 17), mask.reshape(4, 10, 17))
+    np.testing.assert_allclose(three.reshape(40, 17), action_map.weights(actions, mask), rtol=1e-6)
+
+
+def test_padding_takes_nothing_from_the_others():
+    rng = np.random.default_rng(1)
+    for num_domains in range(1, 25):
+        action = rng.uniform(-1, 1, num_domains)
+        padded = np.concatenate([action, rng.uniform(-1, 1, 6)])
+        weights = ActionMap().weights(padded, np.arange(num_domains + 6) < num_domains)
+        np.testing.assert_allclose(weights[:num_domains], ActionMap().weights(action), rtol=1e-14)
+
+
+def test_integers_and_lists_become_float64():
+    assert ActionMap().weights([1, -1]).dtype == np.float64
+    np.testing.assert_array_equal(ActionMap().weights([1, -1]), ActionMap().weights(np.array([1.0, -1.0])))
+
+
+def test_one_action_is_mapped_as_ever_bit_for_bit():
+    """Runs must repeat across versions of this package."""
+    rng = np.random.default_rng(2)
+    for num_domains in (2, 7, 17, 24):
+        action, prior = rng.normal(size=num_domains), tuple(rng.dirichlet([3.0] * num_domains))
+        for action_map in (ActionMap(), ActionMap(scale=50.0, floor=0.3), ActionMap(prior=prior)):
+            logits = action_map._log_prior(num_domains) + action_map.scale * np.clip(action, -1.0, 1.0)
+            soft = np.exp(logits - logits.max())
+            first = (1 - action_map.floor) * soft / soft.sum() + action_map.floor / num_domains
+            np.testing.assert_array_equal(action_map.weights(action), first)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (np.ones(2), r"mask: must have the action's shape \(3,\).*got \(2,\)"),
+        (np.ones((3, 3)), r"got \(3, 3\)"),
+        (np.zeros(3), "at least one domain"),
+    ],
+)
+def test_bad_masks_are_refused(mask, message):
+    with pytest.raises(ConfigError, match=message):
+        ActionMap().weights(np.zeros(3), mask)
+
+
+def test_a_row_without_any_domain_is_refused():
+    with pytest.raises(ConfigError, match="at least one domain"):
+        ActionMap().weights(np.zeros((2, 3)), np.array([[1, 1, 1], [0, 0, 0]]))
+
+
 # --- Bounds ------------------------------------------------------------------------------------------------
 
 

@@ -1,3 +1,4 @@
+import hashlib
 import json
 
 import numpy as np
@@ -54,6 +55,49 @@ def test_act_by_hand():
     np.testing.assert_allclose(policy.act(np.array([3.0, 9.0], dtype=np.float32)), np.tanh([2.0, -1.0]), rtol=1e-6)
 
 
+def normalised_policy(info):
+    """Dense → layer normalisation → relu → dense → tanh."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    width, num_domains = 2 * info.num_domains + 1, info.num_domains
+    layers = (
+        (draw(8, width), draw(8), "identity"),
+        (draw(8), draw(8), "relu"),
+        (draw(num_domains, 8), draw(num_domains), "tanh"),
+    )
+    return make_policy(info, ("loss", "epochs", "progress"), layers)
+
+
+def test_layer_normalisation_by_hand():
+    """(1, 3) has mean 2 and variance 1: normalised to ∓1, times the weight (2, 3), plus the bias (1, −1)."""
+    info = ToyTrainer((0.5, 0.5)).info
+    identity = (np.eye(2, dtype=np.float32), np.zeros(2, dtype=np.float32), "identity")
+    norm = (np.array([2.0, 3.0], dtype=np.float32), np.array([1.0, -1.0], dtype=np.float32), "relu")
+    policy = make_policy(info, ("loss",), (identity, norm))
+    assert policy.act(np.array([1.0, 3.0], dtype=np.float32)) == pytest.approx([0.0, 2.0], abs=1e-4)
+    three = policy.act(np.array([[1, 3], [3, 1], [5, 5]], dtype=np.float32))
+    np.testing.assert_allclose(three, [[0, 2], [3, 0], [1, 0]], atol=1e-4)  # equal inputs: the bias alone
+
+
+def test_layer_normalisation_is_saved_and_checked(trainer, tmp_path):
+    policy = normalised_policy(trainer.info)
+    loaded = Policy.load(policy.save(tmp_path / "policy"))
+    observation = np.linspace(0, 1, 7, dtype=np.float32)
+    np.testing.assert_array_equal(policy.act(observation), loaded.act(observation))
+    assert loaded.fingerprint == policy.fingerprint
+    short = (policy.layers[0], (np.ones(7, np.float32), np.zeros(7, np.float32), "relu"), policy.layers[2])
+    folder = make_policy(trainer.info, ("loss", "epochs", "progress"), short).save(tmp_path / "short")
+    with pytest.raises(PolicyError, match=r"layer \(7,\) does not follow 8 inputs"):
+        Policy.load(folder)
+
+
+def test_untrained_layer_normalisation_is_the_identity(trainer):
+    untrained = normalised_policy(trainer.info).untrained(np.random.default_rng(1))
+    assert (untrained.layers[1][0] == 1).all()
+    assert (untrained.layers[1][1] == 0).all()
+    assert np.abs(untrained.layers[0][0]).max() <= 1 / np.sqrt(7)
+
+
 def test_saved_and_loaded_policy_is_the_same(trainer, tmp_path):
     policy = make_policy(trainer.info)
     loaded = Policy.load(policy.save(tmp_path / "policy"))
@@ -70,6 +114,11 @@ def test_fingerprint_is_what_the_policy_does_not_where_it_comes_from(trainer):
     assert policy.fingerprint != make_policy(trainer.info, clip=9.0).fingerprint
 
 
+def test_fingerprint_is_the_same_in_every_version(trainer):
+    """A golden value: benchmarks know their cells by it."""
+    assert make_policy(trainer.info).fingerprint == "3e062676751a399ef7e17573e28a9ab33ed1c455195c13d72944c4e0967dff6d"
+
+
 def edit_json(folder, **changes):
     file = folder / "policy.json"
     file.write_text(json.dumps(read_json(file) | changes))
@@ -79,6 +128,28 @@ def test_edited_json_is_refused(trainer, tmp_path):
     folder = make_policy(trainer.info).save(tmp_path / "policy")
     edit_json(folder, decision_every=7)
     with pytest.raises(PolicyError, match="checksum does not match"):
+        Policy.load(folder)
+
+
+def seal(folder, **changes):
+    """Edit the contract, as a version that knows no better would have written it."""
+    contract = read_json(folder / "policy.json") | changes
+    contract = {name: value for name, value in contract.items() if value is not None and name != "contract_sha256"}
+    digest = hashlib.sha256(json.dumps(contract, sort_keys=True).encode()).hexdigest()
+    (folder / "policy.json").write_text(json.dumps(contract | {"contract_sha256": digest}))
+
+
+def test_policies_from_before_there_were_architectures_are_dense(trainer, tmp_path):
+    folder = make_policy(trainer.info).save(tmp_path / "policy")
+    assert read_json(folder / "policy.json")["architecture"] == "dense"
+    seal(folder, architecture=None)
+    assert Policy.load(folder).fingerprint == make_policy(trainer.info).fingerprint
+
+
+def test_unknown_architecture_is_refused(trainer, tmp_path):
+    folder = make_policy(trainer.info).save(tmp_path / "policy")
+    seal(folder, architecture="transformer")
+    with pytest.raises(PolicyError, match="architecture='transformer': must be dense or equivariant"):
         Policy.load(folder)
 
 

@@ -1,0 +1,198 @@
+"""A policy on trial, without a language model: driving a surrogate, and swept over the bounds of its fields."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from acodm_env.equivariant import EquivariantPolicy
+from acodm_env.errors import PolicyError
+from acodm_env.mixture import Bounds
+from acodm_env.observation import FIELDS, Observer
+from acodm_env.policy import Policy, PolicyMixer, scaled_interval
+from acodm_env.surrogate.surface import Surface
+from acodm_env.surrogate.trainer import SurrogateTrainer
+from acodm_env.trainer import Array, Lagged, Mixer, RunInfo, StepStats, Trainer, drive
+
+from .baselines import make_mixer
+
+BASELINES = ("uniform", "odm-released-rescaled", "odm-paper-rescaled")
+MOST_STEPS = 400
+"""Longer runs are played on the surrogate in this many steps, decisions as often as in a target run so short."""
+NOMINAL_INITIAL_NATS = float(np.log(50_257))
+"""Initial loss of the run that the sweep imagines where no corpus is given: the vocabulary of GPT-2."""
+NOMINAL_DOMAINS = (3, 8, 24)
+"""Numbers of domains at which a policy for any number of them is swept."""
+NOT_FINITE = "its output is not finite"
+_DRAWS = 256
+
+
+@dataclass(frozen=True)
+class Played:
+    """What a policy did on a surrogate."""
+
+    surface: Surface
+    losses: dict[str, Array]
+    """(seeds,) final losses in nats, of the policy, its own mean mixture, and the baselines."""
+    observations: NDArray[np.float32]
+    """(N, D) met by the policy."""
+    clipped: Array
+    """(N,) share of each observation that was clipped into the bounds of its fields."""
+
+
+# --- observations and what the policy makes of them ---------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Observations (N, D) and the policy's actions (N, K) and mixtures (N, K) for them."""
+
+    observations: NDArray[np.float32]
+    low: NDArray[np.float32]
+    """Bounds of the fields (D,)."""
+    high: NDArray[np.float32]
+    actions: Array
+    mixtures: Array
+
+
+def answer(policy: Policy, observations: NDArray[np.float32], info: RunInfo) -> Answers:
+    """Put observations (N, D) of a run to the policy."""
+    observer = Observer(info, [name for name, _ in policy.fields], policy.interaction)
+    actions = policy.act(observations).astype(np.float64)
+    return Answers(observations, observer.low, observer.high, actions, mixtures_of(policy, actions))
+
+
+def mixtures_of(policy: Policy, actions: Array) -> Array:
+    """Mixtures (N, K) of actions (N, K), within the policy's bounds."""
+    mixtures: Array = policy.action.weights(actions)
+    if policy.bounds != Bounds():
+        mixtures = np.stack([policy.bounds.project(mixture) for mixture in mixtures])
+    return mixtures
+
+
+def sweep(policy: Policy, info: RunInfo, rng: np.random.Generator) -> Answers:
+    """Observations anywhere within the bounds of the fields, and in their corners."""
+    observer = Observer(info, [name for name, _ in policy.fields], policy.interaction)
+    inside = rng.uniform(size=(_DRAWS, len(observer.low)))
+    corners = rng.integers(0, 2, size=(_DRAWS // 4, len(observer.low)))
+    shares = np.concatenate([inside, corners, np.zeros_like(inside[:1]), np.ones_like(inside[:1])])
+    observations = (observer.low + shares * (observer.high - observer.low)).astype(np.float32)
+    return answer(policy, observations, info)
+
+
+def plausible_observations(policy: Policy, played: Played | str, rng: np.random.Generator) -> Answers | None:
+    """What the policy met on the surrogate; else draws from the statistics it learned with; None without either."""
+    if isinstance(played, Played):
+        return answer(policy, played.observations, surrogate_run(policy, played.surface).info)
+    if isinstance(policy, EquivariantPolicy):
+        return None
+    info = imagined_runs(policy)[0]
+    observer = Observer(info, [name for name, _ in policy.fields], policy.interaction)
+    drawn = rng.normal(policy.mean, policy.scale, size=(_DRAWS, len(policy.mean)))
+    return answer(policy, np.clip(drawn, observer.low, observer.high).astype(np.float32), info)
+
+
+def imagined_run(policy: Policy, domains: tuple[str, ...], initial_loss_nats: float) -> RunInfo:
+    """A target run with these domains, in which everything that no corpus says is as the policy learned it."""
+    sizes = dict(policy.fields)
+    targets = max(sizes.get("target_loss", 0), sizes.get("delta_target_loss", 0))
+    return RunInfo(
+        domains=domains,
+        targets=domains if targets in (0, len(domains)) else tuple(f"target{index}" for index in range(targets)),
+        sizes_tokens=(1,) * len(domains),
+        batch_size=len(domains),
+        sequence_length=1,
+        horizon=policy.horizon,
+        decision_every=policy.decision_every,
+        initial_loss_nats=initial_loss_nats,
+        num_layers=max(sizes.get("layer_norm", 0), sizes.get("layer_change", 0)),
+        lag=policy.lag,
+        gradients=policy.gradients,
+    )
+
+
+def imagined_runs(policy: Policy) -> list[RunInfo]:
+    """Runs to sweep where no corpus is given: one with the policy's own domains, or several numbers of them."""
+    named = [policy.domains] if policy.domains else [_numbered(number) for number in NOMINAL_DOMAINS]
+    return [imagined_run(policy, domains, NOMINAL_INITIAL_NATS) for domains in named]
+
+
+def _numbered(number: int) -> tuple[str, ...]:
+    return tuple(f"domain{index}" for index in range(number))
+
+
+# --- on the surrogate ---------------------------------------------------------------------------------------
+
+
+def surrogate_run(policy: Policy, surface: Surface) -> Trainer:
+    """A run on the surface that the policy can drive, with as many decisions as it learned with.
+
+    Raises:
+        PolicyError: the surface has other domains than the policy, or lacks what it reads; says which.
+    """
+    horizon = min(policy.horizon, MOST_STEPS)
+    run = SurrogateTrainer(surface, horizon=horizon, decision_every=scaled_interval(policy, horizon))
+    lacking = [name for name, _ in policy.fields if name in FIELDS and FIELDS[name].needs - run.provides]
+    if lacking:
+        raise PolicyError(f"no surrogate fits: it reads {', '.join(lacking)}, which no surrogate has")
+    if policy.domains and policy.domains != surface.domains:
+        raise PolicyError(
+            f"no surrogate fits: it is bound to its {len(policy.domains)} domains, "
+            f"this surface has {len(surface.domains)} others"
+        )
+    trainer: Trainer = Lagged(run, policy.lag) if policy.lag else run
+    policy.check_fits(trainer.info)
+    return trainer
+
+
+class _Recorder(PolicyMixer):
+    """The policy's mixer, which keeps every observation and the share of it that was clipped."""
+
+    def __init__(self, policy: Policy):
+        super().__init__(policy)
+        self.seen: list[NDArray[np.float32]] = []
+        self.clipped: list[float] = []
+
+    def _decide(self, observation: NDArray[np.float32]) -> None:
+        super()._decide(observation)
+        if not np.isfinite(self._weights).all():
+            raise PolicyError(NOT_FINITE)
+        self.seen.append(observation)
+        self.clipped.append(self.observer.clipped_frac)
+
+
+def play(policy: Policy, surface: Surface, seeds: range) -> Played:
+    """Drive the surface with the policy, its own mean mixture, and the baselines: same seeds, same noise.
+
+    Raises:
+        PolicyError: it does not fit the surface, or gives something that is no number.
+    """
+    trainer = surrogate_run(policy, surface)
+    recorder = _Recorder(policy)
+    losses: dict[str, list[float]] = {name: [] for name in ("policy", "own mean", *BASELINES)}
+    for seed in seeds:
+        history = list(_drive(trainer, recorder, seed))
+        mean = np.mean([stats.requested for stats in history], axis=0)
+        losses["policy"].append(_objective(trainer))
+        mixers = {name: make_mixer(name) for name in BASELINES}
+        mixers["own mean"] = make_mixer("static", weights=mean.tolist())
+        for name, mixer in mixers.items():
+            list(_drive(trainer, mixer, seed))
+            losses[name].append(_objective(trainer))
+    return Played(
+        surface,
+        {name: np.array(values) for name, values in losses.items()},
+        np.stack(recorder.seen),
+        np.array(recorder.clipped),
+    )
+
+
+def _drive(trainer: Trainer, mixer: Mixer, seed: int) -> Iterator[StepStats]:
+    trainer.reset(np.random.default_rng(seed))
+    mixer.start(trainer.info)
+    return drive(trainer, mixer, trainer.info.horizon)
+
+
+def _objective(trainer: Trainer) -> float:
+    return float(trainer.evaluate("validation") @ trainer.info.objective_weights)

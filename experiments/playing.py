@@ -1,0 +1,97 @@
+"""Mixers on surfaces: a run with everything that a method asks for before it, in milliseconds."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from acodm_env.agents.baselines import make_mixer
+from acodm_env.surrogate.surface import Surface
+from acodm_env.surrogate.trainer import SurrogateTrainer
+from acodm_env.trainer import Array, Mixer, RunRequest, RunResult, drive
+
+
+@dataclass(frozen=True, kw_only=True)
+class Course:
+    """Length of a run and of its decisions."""
+
+    steps: int = 200
+    """Steps of the run; a baseline may change its mixture at every one."""
+    steps_per_action: int = 5
+    """Steps per decision of an agent or policy."""
+    noise: float = 1.0
+    """Factor on the observation noise."""
+
+
+@dataclass(frozen=True)
+class Play:
+    """How a run ended."""
+
+    objective: float
+    """Mean final loss, nats."""
+    mixture: Array
+    """(K,) time average of the mixture."""
+
+
+def play(mixer: Mixer, surface: Surface, course: Course, seed: int) -> Play:
+    """Run `mixer` on `surface`, after the runs that it asks for, and judge the end without noise.
+
+    Args:
+        mixer: fresh or used; it is started anew.
+        surface: where.
+        course: how long.
+        seed: of the noise and of the preparatory runs.
+    """
+    runs = _runs(surface, course)
+    mixer.prepare(_preparation(mixer, surface, course, seed))
+    runs.reset(np.random.default_rng(seed))
+    mixer.start(runs.info)
+    mixtures = [stats.requested for stats in drive(runs, mixer, course.steps)]
+    return Play(float(runs.evaluate("test") @ runs.target_weights), np.mean(mixtures, axis=0))
+
+
+def _runs(surface: Surface, course: Course, reference: Array | None = None) -> SurrogateTrainer:
+    return SurrogateTrainer(
+        surface,
+        horizon=course.steps,
+        decision_every=course.steps_per_action,
+        noise=course.noise,
+        reference=reference,
+    )
+
+
+def _preparation(mixer: Mixer, surface: Surface, course: Course, seed: int) -> dict[str, RunResult]:
+    """Results of the runs that a method needs first; a proxy is the surface itself."""
+    results: dict[str, RunResult] = {}
+    models: dict[str, Array] = {}
+    for index, request in enumerate(mixer.preparation(_runs(surface, course).info)):
+        reference = models[request.reference] if request.reference else None
+        runs = _runs(surface, course, reference)
+        runs.reset(np.random.default_rng([seed, index]))
+        results[request.name] = _result(request, runs)
+        models[request.name] = runs.training_losses()
+    return results
+
+
+def _result(request: RunRequest, runs: SurrogateTrainer) -> RunResult:
+    mixer = make_mixer(request.mixer, **dict(request.options))
+    initial = runs.evaluate("validation")
+    mixer.start(runs.info)
+    mixtures = [stats.effective for stats in drive(runs, mixer, request.steps)]
+    return RunResult(
+        mixture=np.mean(mixtures, axis=0), initial_losses=initial, final_losses=runs.evaluate("validation")
+    )
+
+
+def fits(mixer: Mixer, surface: Surface) -> bool:
+    """Whether a mixer runs on a surface; it is tried for one step.
+
+    Raises:
+        ConfigError: it does not; says why.
+    """
+    course = Course(steps=4, steps_per_action=1)
+    runs = _runs(surface, course)
+    if not list(mixer.preparation(runs.info)):
+        runs.reset(np.random.default_rng(0))
+        mixer.start(runs.info)
+        next(drive(runs, mixer, 1))
+    return True
