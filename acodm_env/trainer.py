@@ -60,7 +60,7 @@ class RunInfo:
     eval_tokens: int = 0
     """Tokens of one evaluation."""
     padding: int = 0
-    """How many of the last domains are padding, never drawn: a randomised surrogate's, whose arrays keep their shape."""
+    """How many of the last domains are padding, never drawn: a randomised surrogate's arrays keep their shape."""
     seed: int = 0
 
     @property

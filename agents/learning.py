@@ -16,6 +16,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from acodm_env.env import MixtureEnv
+from acodm_env.equivariant import split_mask
 from acodm_env.errors import ConfigError
 from acodm_env.files import recover_folder
 from acodm_env.policy import Policy
@@ -44,6 +45,8 @@ class Learning:
     """Episodes of experience."""
     evaluate_every: int = 5
     """Episodes between evaluations of the deterministic policy; 0 evaluates at the end only."""
+    evaluation_episodes: int = 1
+    """Episodes of an evaluation: several, where they differ in more than their noise."""
     checkpoint_every: int = 1
     """Episodes between checkpoints: where an episode takes milliseconds, writing would take most of the time."""
     teacher: str | None = None
@@ -160,17 +163,32 @@ class Learner:
         return to_policy(self.agent, self.venv, self.env, provenance)
 
     def evaluate(self) -> Row:
-        """One deterministic episode on an environment of its own, always the same one."""
+        """Deterministic episodes on an environment of its own, always the same ones; means over them."""
         if self._evaluation_env is None:
             self._evaluation_env = _unwrapped(self._make_env())
-        env, policy = self._evaluation_env, self.policy({})
-        observation, info = env.reset(seed=EVALUATION_SEED)
-        total, done = 0.0, False
-        while not done:
-            observation, reward, terminated, truncated, info = env.step(policy.act(observation))
-            total, done = total + reward, terminated or truncated
-        objective = None if info["diverged"] else info["objective"]
-        return {"eval_return": total, "eval_objective": objective, "eval_steps": int(info["step"])}
+        policy = self.policy({})
+        played = [
+            _play(policy, self._evaluation_env, EVALUATION_SEED + index)
+            for index in range(self.learning.evaluation_episodes)
+        ]
+        objectives = [row["objective"] for row in played]
+        return {
+            "eval_return": float(np.mean([row["return"] for row in played])),
+            "eval_objective": None if None in objectives else float(np.mean(objectives)),
+            "eval_steps": sum(row["steps"] for row in played),
+        }
+
+
+def _play(policy: Policy, env: MixtureEnv, seed: int) -> Row:
+    """One episode under a policy."""
+    layout = () if policy.domains else env.observer.layout  # a policy for any domains is told of padding apart
+    observation, info = env.reset(seed=seed)
+    total, done = 0.0, False
+    while not done:
+        observation, reward, terminated, truncated, info = env.step(policy.act(*split_mask(observation, layout)))
+        total, done = total + reward, terminated or truncated
+    objective = None if info["diverged"] else info["objective"]
+    return {"return": total, "objective": objective, "steps": int(info["step"])}
 
 
 class _Episodes(BaseCallback):

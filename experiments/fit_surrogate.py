@@ -56,8 +56,8 @@ class FitSurrogateConfig:
     """Texts to remove from the ends of the columns' names, separated by commas (tables only); default: what all columns
     of a table begin and end with, up to a separator."""
     forgetting: float | None = None
-    """Factor on the assumed forgetting, 0.7 to 1.3 by the share of targets that a domain helps (tables only); default 1,
-    and 0 is none."""
+    """Factor on the assumed forgetting, 0.7 to 1.3 by the share of targets that a domain helps (tables only); default
+    1, and 0 is none."""
     seed: int = 0
     """Not used: a fit is deterministic; accepted because every command takes it."""
     quiet: bool = False
@@ -223,9 +223,9 @@ def parse_sizes(sizes: str | None, domains: Sequence[str]) -> dict[str, float]:
 def assumed_forgetting(law: PowerLaw, factor: float) -> tuple[float, ...]:
     """φ_j = 1.3 − 0.6·(share of targets that domain j helps at least as much as an average one, a_ij ≥ 0), × `factor`.
 
-    An assumption, since final losses of static mixtures say nothing about it: the common level of about 1 is what logged
-    runs on two corpora show (`--from-run`), the small spread, by which what few targets need is overwritten sooner, is
-    not measured: those runs do not identify it.
+    An assumption, since final losses of static mixtures say nothing about it: the common level of about 1 is what
+    logged runs on two corpora show (`--from-run`); the small spread, by which what few targets need is overwritten
+    sooner, is not measured: those runs do not identify it.
     """
     breadth = (law.usefulness >= 0).mean(0)  # (K,)
     return tuple((factor * (1.3 - 0.6 * breadth)).round(6).tolist())

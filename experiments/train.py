@@ -24,6 +24,8 @@ PROXY_ONLY = (
 """Settings that describe the proxy's environment."""
 PROXY_EPISODES, PROXY_EVALUATE_EVERY = 10, 5
 SURROGATE_EVALUATE_EVERY = 50
+FAMILY_EVALUATIONS = 16
+"""Episodes of an evaluation where each has a surface of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,6 +225,7 @@ def make_learner(config: TrainConfig) -> "Learner":
         algo=config.algo,
         episodes=config.episodes,
         evaluate_every=config.evaluate_every,
+        evaluation_episodes=FAMILY_EVALUATIONS if config.env_kwargs().get("family") is not None else 1,
         checkpoint_every=1 if config.surrogate is None else config.evaluate_every or config.episodes,
         teacher=config.teacher,
         teacher_decisions=config.teacher_decisions,

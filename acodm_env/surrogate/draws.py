@@ -79,7 +79,7 @@ class Family:
         num_domains = len(surface.domains)
         sizes = np.array(surface.sizes_tokens) * np.exp(self.sizes * rng.standard_normal(num_domains))
         shortest, longest = np.log(self.lengths)
-        level = rng.uniform(0, self.forgetting)
+        level, apart = rng.uniform(0, self.forgetting), self.forgetting_spread * rng.standard_normal(num_domains)
         return replace(
             surface,
             sizes_tokens=tuple(np.maximum(sizes, 1.0).tolist()),
@@ -108,9 +108,7 @@ class Family:
         num_domains = int(rng.integers(self.num_domains[0], self.num_domains[1] + 1))
         usefulness = _relations(rng, num_domains, self.transfer)
         initial = self.around.initial_loss_nats
-        exponents = (
-            2 * self.learnability * rng.standard_normal(num_domains)
-        )  # fitted to text: e^b of 0.1 to 7, median 1
+        exponents = 2 * self.learnability * rng.standard_normal(num_domains)  # text: e^b of 0.1 to 7, median 1
         ends = initial * rng.uniform(0.15, 0.75, num_domains)
         floors = ends * rng.uniform(0.2, 0.95, num_domains)
         quick = rng.random(num_domains) < self.saturating

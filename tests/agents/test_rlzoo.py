@@ -32,8 +32,8 @@ def test_rl_zoo_learns_on_the_surrogate_from_our_file(tmp_path):
     pytest.importorskip("rl_zoo3", reason="rl_zoo3 is not installed; pip install 'acodm[rlzoo]'")
     file = FOLDER / "td3.yml"
     command = [sys.executable, "-m", "rl_zoo3.train", "--algo", "td3", "--env", SURROGATE]
-    command += ["--gym-packages", "acodm_env", "--conf-file", str(file), "-n", "3000", "-f", str(tmp_path)]
-    command += ["--eval-freq", "3000", "--eval-episodes", "3", "--seed", "0", "--num-threads", "1", "--device", "cpu"]
+    command += ["--gym-packages", "acodm_env", "--conf-file", str(file), "-n", "5000", "-f", str(tmp_path)]
+    command += ["--eval-freq", "5000", "--eval-episodes", "3", "--seed", "0", "--num-threads", "1", "--device", "cpu"]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=200, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
