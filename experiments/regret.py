@@ -1,8 +1,8 @@
 """`acodm regret`: do agents learn on the surrogate, and what is left of it on surfaces that they have never seen?
 
 Regret recovered = (uniform − policy)/(uniform − best schedule) on the mean final loss: 0 is uniform sampling, 1 the
-best that descent through the dynamics finds. Every learner, its untrained self, its own time-averaged mixture as a static
-one, the best constant mixture of the training surfaces, and the baselines stand in one table, over seeds, with
+best that descent through the dynamics finds. Every learner, its untrained self, its own time average as a static
+mixture, the best constant mixture of the training surfaces, and the baselines stand in one table, over seeds, with
 intervals; differences are paired by seed.
 """
 

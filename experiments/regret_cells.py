@@ -106,15 +106,15 @@ def run_cell(setting: Setting, cell: Cell) -> None:
 
 def _references(setting: Setting, cell: Cell) -> dict[str, Any]:
     runs = _runs(setting, setting.surfaces(cell.split, cell.seed))
-    training = _runs(setting, setting.training_surfaces(cell.split, cell.seed))
-    uniform = np.full(runs.info.num_domains, 1 / runs.info.num_domains)
-    constant = best_static(training, shared=True).weights
     rows = {
-        "uniform": final_objective(runs, uniform),
+        "uniform": final_objective(runs, runs.mask / runs.mask.sum(-1, keepdims=True)),
         "best-schedule": best_schedule(runs).objective,
         "best-static": best_static(runs).objective,
-        "best-constant": final_objective(runs, constant),
     }
+    training = setting.training_surfaces(cell.split, cell.seed)
+    if len({surface.domains for surface in (*training, *runs.surfaces)}) == 1:  # else there is no common mixture
+        constant = best_static(_runs(setting, training), shared=True).weights
+        rows["best-constant"] = final_objective(runs, constant)
     return {name: {"objective": values.tolist()} for name, values in rows.items()}
 
 

@@ -83,9 +83,7 @@ class Family:
         return replace(
             surface,
             sizes_tokens=tuple(np.maximum(sizes, 1.0).tolist()),
-            forgetting=tuple(
-                np.maximum(level + self.forgetting_spread * rng.standard_normal(num_domains), 0.0).tolist()
-            ),
+            forgetting=tuple(np.maximum(level + apart, 0.0).tolist()),
             length=float(np.exp(rng.uniform(shortest, longest))),
         )
 
