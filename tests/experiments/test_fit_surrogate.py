@@ -165,7 +165,7 @@ def test_forgetting_by_hand_and_its_factor(tables, tmp_path):
     assert fit(*flags_of(tables, tmp_path), "--quiet") == 0
     surface = Surface.load(tmp_path / "surface.json")
     helped = [sum(a >= 0 for a in column) for column in surface.law.usefulness.T]
-    assert surface.forgetting == pytest.approx([2 * (1 - count / 2) for count in helped])
+    assert surface.forgetting == pytest.approx([1.3 - 0.6 * count / 2 for count in helped])
     assert max(surface.forgetting) > 0
     assert fit(*flags_of(tables, tmp_path), "--quiet", "--forgetting", 0) == 0
     assert Surface.load(tmp_path / "surface.json").forgetting == (0.0, 0.0, 0.0)

@@ -76,7 +76,7 @@ def test_lengths_forgetting_and_sizes_stay_in_their_ranges():
     assert np.log2(lengths).mean() == pytest.approx(0, abs=0.1)
     forgetting = np.array([surface.forgetting for surface in drawn])
     assert 0 <= forgetting.min() < 0.05
-    assert 1.95 < forgetting.max() <= 2.0
+    assert 1.5 < forgetting.max() <= 1.5 + 5 * 0.3  # the level and five standard deviations
     spread = np.log([surface.sizes_tokens for surface in drawn]) - np.log(SHIPPED.sizes_tokens)
     assert spread.std() == pytest.approx(1.0, rel=0.05)
 
