@@ -16,7 +16,7 @@ from acodm_env.surrogate.vector import SurrogateVectorEnv
 
 from .export import to_policy
 from .hyperparameters import SURROGATE, AgentRecipe, settings_for
-from .sb3 import build_agent, vectorise
+from .sb3 import build_agent, normalised
 from .vector import ArrayVecEnv
 
 
@@ -31,7 +31,9 @@ class Contender:
     agent: Mapping[str, Any] = field(default_factory=dict)
     """Changes of the hyper-parameters (`AgentRecipe`)."""
     teacher: str | None = None
-    """Mixer that warms the agent up (off-policy algorithms)."""
+    """Mixer that warms an off-policy agent up; on arrays one that does not adapt, such as static."""
+    teacher_options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of that mixer."""
     teacher_decisions: int = 2000
     """Decisions of the teacher."""
     timesteps: float = 1.0
@@ -69,9 +71,7 @@ def learn(contender: Contender, env: Mapping[str, Any], seed: int) -> Learned:
     recipe = from_dict(AgentRecipe, contender.agent, "agent")
     hyper = settings_for(contender.algo, SURROGATE, recipe)
     core = SurrogateVectorEnv(int(hyper.get("n_envs", 1)), **settings)
-    venv = vectorise(ArrayVecEnv(core), float(hyper.get("gamma", 0.99)))
-    if hyper.get("normalize") is not True:
-        venv.norm_obs = bool(dict(hyper.get("normalize") or {}).get("norm_obs", False))
+    venv = normalised(ArrayVecEnv(core), hyper)
     agent = build_agent(contender.algo, venv, hyper, seed=seed)
     venv.seed(seed)
     shape: MixtureEnv = SurrogateEnv(**(settings | {"reward": "progress"}))  # its spaces; it is never stepped
@@ -79,7 +79,7 @@ def learn(contender: Contender, env: Mapping[str, Any], seed: int) -> Learned:
     if contender.teacher is not None:
         from .teacher import warm_up
 
-        warm_up(agent, contender.teacher, decisions=contender.teacher_decisions)
+        warm_up(agent, contender.teacher, decisions=contender.teacher_decisions, options=contender.teacher_options)
     timesteps = int(contender.timesteps * int(hyper["n_timesteps"]))
     agent.learn(timesteps)
     seconds = time.perf_counter() - started

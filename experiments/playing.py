@@ -11,8 +11,8 @@ from acodm_env.trainer import Array, Mixer, RunRequest, RunResult, drive
 
 
 @dataclass(frozen=True, kw_only=True)
-class Course:
-    """Length of a run and of its decisions."""
+class Conditions:
+    """Length of a run and of its decisions, and how noisy it is."""
 
     steps: int = 200
     """Steps of the run; a baseline may change its mixture at every one."""
@@ -32,40 +32,40 @@ class Play:
     """(K,) time average of the mixture."""
 
 
-def play(mixer: Mixer, surface: Surface, course: Course, seed: int) -> Play:
+def play(mixer: Mixer, surface: Surface, conditions: Conditions, seed: int) -> Play:
     """Run `mixer` on `surface`, after the runs that it asks for, and judge the end without noise.
 
     Args:
         mixer: fresh or used; it is started anew.
         surface: where.
-        course: how long.
+        conditions: how long, how noisy.
         seed: of the noise and of the preparatory runs.
     """
-    runs = _runs(surface, course)
-    mixer.prepare(_preparation(mixer, surface, course, seed))
+    runs = _runs(surface, conditions)
+    mixer.prepare(_preparation(mixer, surface, conditions, seed))
     runs.reset(np.random.default_rng(seed))
     mixer.start(runs.info)
-    mixtures = [stats.requested for stats in drive(runs, mixer, course.steps)]
+    mixtures = [stats.requested for stats in drive(runs, mixer, conditions.steps)]
     return Play(float(runs.evaluate("test") @ runs.target_weights), np.mean(mixtures, axis=0))
 
 
-def _runs(surface: Surface, course: Course, reference: Array | None = None) -> SurrogateTrainer:
+def _runs(surface: Surface, conditions: Conditions, reference: Array | None = None) -> SurrogateTrainer:
     return SurrogateTrainer(
         surface,
-        horizon=course.steps,
-        decision_every=course.steps_per_action,
-        noise=course.noise,
+        horizon=conditions.steps,
+        decision_every=conditions.steps_per_action,
+        noise=conditions.noise,
         reference=reference,
     )
 
 
-def _preparation(mixer: Mixer, surface: Surface, course: Course, seed: int) -> dict[str, RunResult]:
+def _preparation(mixer: Mixer, surface: Surface, conditions: Conditions, seed: int) -> dict[str, RunResult]:
     """Results of the runs that a method needs first; a proxy is the surface itself."""
     results: dict[str, RunResult] = {}
     models: dict[str, Array] = {}
-    for index, request in enumerate(mixer.preparation(_runs(surface, course).info)):
+    for index, request in enumerate(mixer.preparation(_runs(surface, conditions).info)):
         reference = models[request.reference] if request.reference else None
-        runs = _runs(surface, course, reference)
+        runs = _runs(surface, conditions, reference)
         runs.reset(np.random.default_rng([seed, index]))
         results[request.name] = _result(request, runs)
         models[request.name] = runs.training_losses()
@@ -82,16 +82,15 @@ def _result(request: RunRequest, runs: SurrogateTrainer) -> RunResult:
     )
 
 
-def fits(mixer: Mixer, surface: Surface) -> bool:
-    """Whether a mixer runs on a surface; it is tried for one step.
+def require_fit(mixer: Mixer, surface: Surface) -> None:
+    """Refuse a mixer that does not run on a surface; it is tried for one step.
 
     Raises:
         ConfigError: it does not; says why.
     """
-    course = Course(steps=4, steps_per_action=1)
-    runs = _runs(surface, course)
+    conditions = Conditions(steps=4, steps_per_action=1)
+    runs = _runs(surface, conditions)
     if not list(mixer.preparation(runs.info)):
         runs.reset(np.random.default_rng(0))
         mixer.start(runs.info)
         next(drive(runs, mixer, 1))
-    return True

@@ -26,6 +26,10 @@ from acodm_env.files import atomic_file
 if TYPE_CHECKING:
     from acodm_env.experiments.regret_cells import Cell, Setting
 
+SHIPPED = Path(__file__).parent / "regret.yaml"
+"""Learners whose environment is not the default one."""
+UNTRAINED = "policy-untrained"
+"""Row of the best learner's policy before its first update."""
 AGAINST = ("uniform", "best-constant", "odm-paper-rescaled", "odm-released-rescaled", "eg-interaction")
 """What the best learner is compared with, beside its own time average."""
 
@@ -37,7 +41,8 @@ class RegretConfig:
     agents: str = "td3,ddpg,sac,ppo,acodm-td3,equivariant-td3"
     """Learners, separated by commas: algorithms, or names from --variants; "" for none."""
     variants: str | None = None
-    """YAML file of further learners: {name: {algo: td3, env: {…}, agent: {…}, teacher: …, timesteps: 1.0}}."""
+    """YAML file of further learners: {name: {algo: td3, env: {…}, agent: {…}, teacher: …, timesteps: 1.0}}, beside
+    those of the shipped regret.yaml."""
     baselines: str = "all"
     """Mixers, separated by commas; "all": every one that runs on the surface; "" for none."""
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -96,19 +101,21 @@ def run(config: RegretConfig) -> None:
     ]
     _work(setting, cells, config)
     values = _recovered(cells)
+    best = _best(values, set(setting.contenders))
+    values |= {(UNTRAINED, split): values[f"untrained:{name}", split] for split, name in best.items()}
     rows = [(name, split, mean_interval(values[name, split])) for name, split in values]
     rows.sort(key=lambda row: (row[1], -(row[2].mean or 0.0)))
     _write(folder / "regret.csv", rows)
     draw(rows, folder / "regret.png")
     say(_table(rows))
     say()
-    say(_comparisons(values, set(setting.contenders)))
+    say(_comparisons(values, best))
     say(f"run: {config.out} (regret.csv, regret.png, policies/)")
 
 
 def _setting(config: RegretConfig) -> "Setting":
     from acodm_env.agents.contender import Contender
-    from acodm_env.experiments.playing import Course
+    from acodm_env.experiments.playing import Conditions
     from acodm_env.experiments.regret_cells import Setting
 
     variants = _variants(config.variants)
@@ -119,7 +126,7 @@ def _setting(config: RegretConfig) -> "Setting":
     return Setting(
         surface=config.surface,
         family=config.family,
-        course=Course(steps=config.steps, steps_per_action=config.steps_per_action, noise=config.noise),
+        conditions=Conditions(steps=config.steps, steps_per_action=config.steps_per_action, noise=config.noise),
         unseen=config.unseen,
         training=config.training,
         env={"reward": {"terms": {"progress": 1.0}, "progress_over_uniform": True}} | config.env,
@@ -129,10 +136,10 @@ def _setting(config: RegretConfig) -> "Setting":
 
 
 def _check_algorithm(name: str, algo: str) -> None:
-    from acodm_env.agents.algorithms import require_fit
+    from acodm_env.agents.algorithms import require_fit as require_exportable
 
     try:
-        require_fit(algo)
+        require_exportable(algo)
     except ConfigError as error:
         raise ConfigError(f"agents: {name}: {error}; learners of your own come from --variants FILE") from error
 
@@ -140,21 +147,24 @@ def _check_algorithm(name: str, algo: str) -> None:
 def _variants(path: str | None) -> Mapping[str, Any]:
     from acodm_env.agents.contender import Contender
 
-    if path is None:
-        return {}
+    own = {} if path is None else _read(Path(path))
+    return {name: from_dict(Contender, settings, name) for name, settings in (_read(SHIPPED) | own).items()}
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"variants={path}: must be a YAML file of learners ({error})") from error
     if not isinstance(content, dict) or not all(isinstance(value, dict) for value in content.values()):
         raise ConfigError(f"variants={path}: must map names to settings, such as td3-myopic: {{algo: td3}}")
-    return {str(name): from_dict(Contender, settings, str(name)) for name, settings in content.items()}
+    return {str(name): settings for name, settings in content.items()}
 
 
 def _baselines(config: RegretConfig) -> dict[str, dict[str, Any]]:
     """Options of every baseline that is to run; of "all", those that need no file and fit the surface."""
     from acodm_env.agents.baselines import make_mixer, mixer_names
-    from acodm_env.experiments.playing import fits
+    from acodm_env.experiments.playing import require_fit
     from acodm_env.surrogate.surface import Surface
 
     surface = Surface.load(config.surface)
@@ -164,11 +174,13 @@ def _baselines(config: RegretConfig) -> dict[str, dict[str, Any]]:
     for name in names:
         options = dict(config.options.get(name, {}))
         try:
-            if fits(make_mixer(name, **options), surface) and name != "uniform":  # uniform is a reference already
-                chosen[name] = options
+            require_fit(make_mixer(name, **options), surface)
         except ConfigError:
             if not everyone:
                 raise
+            continue
+        if name != "uniform":  # a reference already
+            chosen[name] = options
     return chosen
 
 
@@ -242,15 +254,18 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:+.3f}"
 
 
-def _comparisons(values: Mapping[tuple[str, str], list[float]], learners: set[str]) -> str:
+def _best(values: Mapping[tuple[str, str], list[float]], learners: set[str]) -> dict[str, str]:
+    """The learner with the highest mean in each split; the choice itself favours it a little."""
+    entered = [key for key in values if key[0] in learners]
+    ranked = sorted(entered, key=lambda key: float(np.mean(values[key])))
+    return {split: name for name, split in ranked}
+
+
+def _comparisons(values: Mapping[tuple[str, str], list[float]], best_of: Mapping[str, str]) -> str:
     """The best learner of each split against what it has to beat, paired by seed."""
     lines = []
-    for split in sorted({split for _, split in values}):
-        entered = [name for name, where in values if where == split and name in learners]
-        if not entered:
-            continue
-        best = max(entered, key=lambda name: float(np.mean(values[name, split])))
-        for other in (*AGAINST, f"mean-of:{best}", f"untrained:{best}"):
+    for split, best in sorted(best_of.items()):
+        for other in (*AGAINST, f"mean-of:{best}", UNTRAINED):
             if (other, split) in values:
                 gap = paired_interval(values[best, split], values[other, split])
                 verdict = "no interval" if gap.low is None else ("beats it" if gap.low > 0 else "does not beat it")

@@ -10,9 +10,9 @@ import numpy as np
 from acodm_env.agents.baselines import make_mixer
 from acodm_env.agents.contender import Contender, learn
 from acodm_env.config import from_dict
-from acodm_env.experiments.playing import Course, play
+from acodm_env.experiments.playing import Conditions, play
 from acodm_env.files import read_json, write_json
-from acodm_env.policy import Policy, PolicyMixer
+from acodm_env.policy import PolicyMixer
 from acodm_env.surrogate.draws import Family
 from acodm_env.surrogate.env import SurrogateConfig
 from acodm_env.surrogate.oracle import best_schedule, best_static, final_objective
@@ -33,7 +33,7 @@ class Setting:
     surface: str
     family: Mapping[str, Any]
     """Settings of `Family` for the split `unseen`."""
-    course: Course
+    conditions: Conditions
     unseen: int
     """Unseen surfaces per seed."""
     training: int
@@ -47,8 +47,8 @@ class Setting:
     def env_settings(self, split: str) -> dict[str, Any]:
         """Settings of the environment to learn on for a split."""
         family = {"family": dict(self.family)} if split == UNSEEN else {}
-        steps = {"episode_steps": self.course.steps, "steps_per_action": self.course.steps_per_action}
-        return {"surface": self.surface, **steps, "noise": self.course.noise, **self.env, **family}
+        steps = {"episode_steps": self.conditions.steps, "steps_per_action": self.conditions.steps_per_action}
+        return {"surface": self.surface, **steps, "noise": self.conditions.noise, **self.env, **family}
 
     def surfaces(self, split: str, seed: int) -> list[Surface]:
         """What is judged on: the surface itself, or draws that no learner meets (their generators differ)."""
@@ -120,7 +120,7 @@ def _references(setting: Setting, cell: Cell) -> dict[str, Any]:
 
 def _runs(setting: Setting, surfaces: list[Surface]) -> SurrogateTrainer:
     """A batch of runs on the surfaces, a step per decision: static within it, so a decision is exact."""
-    decisions = -(-setting.course.steps // setting.course.steps_per_action)
+    decisions = -(-setting.conditions.steps // setting.conditions.steps_per_action)
     return SurrogateTrainer(surfaces, horizon=decisions, noise=0.0, batch=(len(surfaces),))
 
 
@@ -139,21 +139,17 @@ def _contender(setting: Setting, cell: Cell) -> dict[str, Any]:
 
 def _played(setting: Setting, cell: Cell, make: Callable[[], Mixer]) -> dict[str, Any]:
     """A mixer on every surface of the cell, and its time average as a static mixture."""
-    plays = [play(make(), surface, setting.course, cell.seed) for surface in setting.surfaces(cell.split, cell.seed)]
+    surfaces, conditions = setting.surfaces(cell.split, cell.seed), setting.conditions
+    plays = [play(make(), surface, conditions, cell.seed) for surface in surfaces]
     replays = [
-        play(make_mixer("static", weights=_named(surface, one.mixture)), surface, setting.course, cell.seed)
-        for one, surface in zip(plays, setting.surfaces(cell.split, cell.seed), strict=True)
+        play(make_mixer("static", weights=_named(surface, one.mixture)), surface, conditions, cell.seed)
+        for one, surface in zip(plays, surfaces, strict=True)
     ]
     return {"objective": [one.objective for one in plays], "mean_objective": [one.objective for one in replays]}
 
 
 def _named(surface: Surface, mixture: Array) -> dict[str, float]:
     return dict(zip(surface.domains, mixture.tolist(), strict=True))
-
-
-def policy_of(folder: Path, name: str, split: str, seed: int) -> Policy:
-    """A policy that a cell left behind."""
-    return Policy.load(folder / "policies" / f"{name}-{split}-{seed}")
 
 
 def read_cell(cell: Cell) -> dict[str, Any]:

@@ -207,10 +207,10 @@ def make_env(env_id: str, kwargs: Mapping[str, Any]) -> Callable[[], "gym.Env[An
 
 def make_many(kwargs: Mapping[str, Any], num_envs: int) -> Callable[[], Any] | None:
     """A function that makes so many surrogates as arrays, or None for a single one."""
-    from acodm_env.agents.resumable import ResumableVecEnv
+    from acodm_env.agents.vector import ArrayVecEnv
     from acodm_env.surrogate.vector import SurrogateVectorEnv
 
-    return None if num_envs == 1 else lambda: ResumableVecEnv(SurrogateVectorEnv(num_envs, **kwargs))
+    return None if num_envs == 1 else lambda: ArrayVecEnv(SurrogateVectorEnv(num_envs, **kwargs))
 
 
 def make_learner(config: TrainConfig) -> "Learner":
