@@ -7,7 +7,7 @@ import numpy as np
 from acodm_env.agents.baselines import make_mixer
 from acodm_env.surrogate.surface import Surface
 from acodm_env.surrogate.trainer import SurrogateTrainer
-from acodm_env.trainer import Array, Mixer, RunRequest, RunResult, drive
+from acodm_env.trainer import Array, Lagged, Mixer, RunRequest, RunResult, Trainer, drive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +20,8 @@ class Conditions:
     """Steps per decision of an agent or policy."""
     noise: float = 1.0
     """Factor on the observation noise."""
+    lag: int = 0
+    """Steps by which a mixture takes effect late."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,11 @@ def play(mixer: Mixer, surface: Surface, conditions: Conditions, seed: int) -> P
         seed: of the noise and of the preparatory runs.
     """
     runs = _runs(surface, conditions)
+    trainer: Trainer = Lagged(runs, conditions.lag) if conditions.lag else runs
     mixer.prepare(_preparation(mixer, surface, conditions, seed))
-    runs.reset(np.random.default_rng(seed))
-    mixer.start(runs.info)
-    mixtures = [stats.requested for stats in drive(runs, mixer, conditions.steps)]
+    trainer.reset(np.random.default_rng(seed))
+    mixer.start(trainer.info)
+    mixtures = [stats.requested for stats in drive(trainer, mixer, conditions.steps)]
     return Play(float(runs.evaluate("test") @ runs.target_weights), np.mean(mixtures, axis=0))
 
 

@@ -1,7 +1,7 @@
 """The cells of `acodm regret`: one contender, or one baseline, on one split with one seed; each can be repeated."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from acodm_env.agents.contender import Contender, learn
 from acodm_env.config import from_dict
 from acodm_env.experiments.playing import Conditions, play
 from acodm_env.files import read_json, write_json
-from acodm_env.policy import PolicyMixer
+from acodm_env.policy import PolicyMixer, scaled_interval
 from acodm_env.surrogate.draws import Family
 from acodm_env.surrogate.env import SurrogateConfig
 from acodm_env.surrogate.oracle import best_schedule, best_static, final_objective
@@ -99,7 +99,7 @@ def run_cell(setting: Setting, cell: Cell) -> None:
         rows = _contender(setting, cell)
     else:
         options = dict(setting.baselines[cell.name])
-        rows = {cell.name: _played(setting, cell, lambda: make_mixer(cell.name, **options))}
+        rows = {cell.name: _played(setting, cell, lambda: make_mixer(cell.name, **options), setting.conditions)}
     cell.file.parent.mkdir(parents=True, exist_ok=True)
     write_json(cell.file, rows)
 
@@ -127,8 +127,11 @@ def _runs(setting: Setting, surfaces: list[Surface]) -> SurrogateTrainer:
 def _contender(setting: Setting, cell: Cell) -> dict[str, Any]:
     learned = learn(setting.contenders[cell.name], setting.env_settings(cell.split), cell.seed)
     learned.policy.save(cell.folder / "policies" / f"{cell.name}-{cell.split}-{cell.seed}")
-    trained = _played(setting, cell, lambda: PolicyMixer(learned.policy))
-    before = _played(setting, cell, lambda: PolicyMixer(learned.untrained))
+    policy = learned.policy
+    interval = scaled_interval(policy, setting.conditions.steps)  # a contender may bring its own, and a lag
+    conditions = replace(setting.conditions, steps_per_action=interval, lag=policy.lag)
+    trained = _played(setting, cell, lambda: PolicyMixer(policy), conditions)
+    before = _played(setting, cell, lambda: PolicyMixer(learned.untrained), conditions)
     cost = {"timesteps": learned.timesteps, "seconds": learned.seconds}
     return {
         cell.name: {"objective": trained["objective"]} | cost,
@@ -137,9 +140,9 @@ def _contender(setting: Setting, cell: Cell) -> dict[str, Any]:
     }
 
 
-def _played(setting: Setting, cell: Cell, make: Callable[[], Mixer]) -> dict[str, Any]:
+def _played(setting: Setting, cell: Cell, make: Callable[[], Mixer], conditions: Conditions) -> dict[str, Any]:
     """A mixer on every surface of the cell, and its time average as a static mixture."""
-    surfaces, conditions = setting.surfaces(cell.split, cell.seed), setting.conditions
+    surfaces = setting.surfaces(cell.split, cell.seed)
     plays = [play(make(), surface, conditions, cell.seed) for surface in surfaces]
     replays = [
         play(make_mixer("static", weights=_named(surface, one.mixture)), surface, conditions, cell.seed)
