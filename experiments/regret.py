@@ -106,7 +106,7 @@ def run(config: RegretConfig) -> None:
     rows = [(name, split, mean_interval(values[name, split])) for name, split in values]
     rows.sort(key=lambda row: (row[1], -(row[2].mean or 0.0)))
     _write(folder / "regret.csv", rows)
-    draw(rows, folder / "regret.png")
+    draw([row for row in rows if not row[0].startswith("untrained:")], folder / "regret.png")
     say(_table(rows))
     say()
     say(_comparisons(values, best))

@@ -43,7 +43,7 @@ def draw(rows: Sequence[tuple[str, str, Interval]], path: Path) -> None:
 
 def _row(axes, height: int, name: str, interval: Interval) -> None:  # type: ignore[no-untyped-def]
     mean = interval.mean or 0.0
-    learner = not name.startswith(("mean-of:", "untrained:"))
+    learner = not name.startswith("mean-of:")
     if mean < LOWEST:
         axes.plot(LOWEST, height, marker="<", color=MUTED, markersize=5)
         axes.annotate(
