@@ -107,8 +107,10 @@ def pocket_store(vocab_size: int = 2048, progress: bool = True) -> Path:
 
 
 def _key(vocab_size: int) -> str:
+    from acodm_env.corpus.tokens import FORMAT_VERSION
+
     packages = sorted(f"{item.name}=={item.version}" for item in core_distributions())
-    parts = [VERSION, DOMAIN_CHARS, DOCUMENT_CHARS, vocab_size, platform.python_version(), packages]
+    parts = [VERSION, FORMAT_VERSION, DOMAIN_CHARS, DOCUMENT_CHARS, vocab_size, platform.python_version(), packages]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 

@@ -1,54 +1,73 @@
-"""From documents to a token store: splits, tokenizer, encoding, checksums."""
+"""From documents to a token store: splits, tokenizer, encoding in several processes, shards, a journal.
+
+Documents are read one at a time, encoded by the batch and appended, in their order, so that memory does not grow
+with the corpus; every few seconds the position is committed (`workplace`). A preparation that was killed, ran out of
+disk or lost its network goes on from there when the same command is given again, and ends with the same bytes.
+"""
 
 import logging
-import re
+import os
 from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from acodm_env.corpus.pocket import Dropped
-from acodm_env.corpus.sources import Document, Source
-from acodm_env.corpus.splits import Preparation, assign
-from acodm_env.corpus.tokenizer import encode, end_of_document, load_tokenizer, train_tokenizer
-from acodm_env.corpus.tokens import FORMAT_VERSION, SPLITS, TokenStore, fingerprint, token_dtype
-from acodm_env.corpus.workplace import file_states, first_change, work_folder
-from acodm_env.errors import DataError
-from acodm_env.files import disk_errors, sha256, write_json
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+from acodm_env.corpus.encoding import Encoded, Encoder
+from acodm_env.corpus.origins import file_states, first_change
+from acodm_env.corpus.preparation import Preparation
+from acodm_env.corpus.progress import Progress
+from acodm_env.corpus.shards import ShardWriter, token_dtype
+from acodm_env.corpus.sources import Source
+from acodm_env.corpus.splits import Assigned, Assignment, assign, sample
+from acodm_env.corpus.streams import Document
+from acodm_env.corpus.tokenizer import end_of_document, load_tokenizer, train_tokenizer, vocab_size
+from acodm_env.corpus.tokens import FORMAT_VERSION, TokenStore, fingerprint
+from acodm_env.corpus.workplace import Workplace, remove_leftover
+from acodm_env.errors import ConfigError, DataError
+from acodm_env.files import atomic_file, disk_errors, sha256, write_json
 
 __all__ = ["Preparation", "prepare"]
 
-_BATCH = 256  # documents encoded at a time
+WORKERS_BYTES = 16_000_000
+"""Less text than this is encoded by one process: starting others would take longer."""
+MOST_WORKERS = 24
+"""Workers by default at most: each takes about 60 MB, and one process reads for all."""
+_BATCH_DOCUMENTS = 512
+_BATCH_CHARS = 1 << 18
 _log = logging.getLogger(__name__)
 
 
 def prepare(
-    source: str | Preparation, out: str | Path, *, tokenizer: str = "train:2048", quiet: bool = True
+    source: str | Preparation,
+    out: str | Path,
+    *,
+    tokenizer: str = "train:2048",
+    workers: int | None = None,
+    quiet: bool = True,
 ) -> TokenStore:
-    """Write a token store to `out`, whole or not at all; the same preparation again just opens it.
+    """Write a token store to `out`; the same preparation again opens it, or goes on where it was interrupted.
 
     Args:
         source: what to prepare; a name alone takes all defaults and `tokenizer`.
         out: the folder; it must not exist, or be empty, or hold the same preparation.
         tokenizer: see `Preparation`.
+        workers: processes that tokenise, default one per core, at most 24; the result does not depend on it.
         quiet: no progress bar.
 
     Raises:
-        ConfigError: shares or tokenizer make no sense.
-        DataError: the source cannot be read, a domain is empty or missing in a split, splits overlap, or `out` holds
-            something else.
+        ConfigError: shares, tokenizer or workers make no sense.
+        DataError: the source cannot be read, a domain is empty or missing in a split, splits overlap, `out` holds
+            something else, or the disk is full.
     """
     if isinstance(source, str):
         source = Preparation(source=Source(name=source), tokenizer=tokenizer)
+    if workers is not None and workers < 1:
+        raise ConfigError(f"workers={workers}: must be at least 1 process")
     out = Path(out)
     with disk_errors(out):
         if (out / "corpus.json").exists():
+            remove_leftover(out)
             return _opened(out, source)
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise DataError(
@@ -57,9 +76,15 @@ def prepare(
             )
     if any(parent.exists() and not parent.is_dir() for parent in out.absolute().parents):
         raise DataError(f"out={out}: must lie in a folder; a part of the path is a file; choose another --out")
-    with work_folder(out) as folder:
-        _write(source, folder, quiet)
+    with disk_errors(out), Workplace(out) as place:
+        _write(source, place, workers or _default_workers(), quiet)
     return TokenStore.open(out)
+
+
+def _default_workers() -> int:
+    """One per core that this process may use, up to `MOST_WORKERS`."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MOST_WORKERS)
 
 
 def _opened(out: Path, preparation: Preparation) -> TokenStore:
@@ -68,7 +93,7 @@ def _opened(out: Path, preparation: Preparation) -> TokenStore:
         store = TokenStore.open(out)
     except DataError as error:
         raise DataError(f"{error}; to do so in the same place, delete the folder {out} first") from error
-    record, wanted = store.record.get("preparation", {}), _record(preparation)
+    record, wanted = store.record.get("preparation", {}), preparation.record()
     other = ", ".join(f"{name}={record.get(name)}" for name in wanted if record.get(name) != wanted[name])
     if other:
         raise DataError(
@@ -83,50 +108,126 @@ def _opened(out: Path, preparation: Preparation) -> TokenStore:
     return store
 
 
-def _record(preparation: Preparation) -> dict[str, Any]:
-    record = asdict(preparation)
-    return {**record, "splits": list(record["splits"])}
-
-
-def _write(preparation: Preparation, folder: Path, quiet: bool) -> None:
-    files = file_states(preparation.files())
-    dropped = _Dropped()
-    num_chars = None
-    if preparation.tokenizer.startswith("train:"):
-        with _bar("reading", None, quiet) as bar:
-            tokenizer = train_tokenizer(preparation.tokenizer, _train_documents(preparation, dropped, bar))
-            num_chars = bar.n
-    else:
-        tokenizer = load_tokenizer(preparation.tokenizer)
-    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    writer = _Writer(folder, tokenizer)
-    with writer, _bar("tokenising", num_chars, quiet) as bar:
-        for split, digest, document in assign(preparation, dropped):
-            writer.add(split, digest, document)
-            bar.update(len(document.text))
+def _write(preparation: Preparation, place: Workplace, workers: int, quiet: bool) -> None:
+    balanced, files = preparation.balanced(), preparation.files()
+    if problem := place.resume(preparation.record(), files):
+        _log.warning("%s: begun afresh; what an interrupted preparation had left is not used: %s", place.out, problem)
+    dropped, file = _Dropped(), place.store / "tokenizer.json"
+    if not place.journal:
+        states = file_states(files, whole=balanced)
+        _write_tokenizer(preparation, file, dropped, balanced, quiet)
+        place.commit(preparation=preparation.record(), files=states, **_tokenizer_record(file))
+    dtype = np.dtype(place.journal["dtype"])
+    writer = ShardWriter(place.store, dtype, preparation.shard_bytes, place.journal.get("written"))
+    assignment = assign(preparation, dropped, place.journal.get("position"), _held_out(preparation, writer))
+    text_bytes = preparation.text_bytes()
+    if preparation.source.name == "pocket" or (text_bytes is not None and text_bytes < WORKERS_BYTES):
+        workers = 1
+    _encode_all(assignment, writer, place, workers, Progress(preparation, assignment, writer, quiet))
+    try:
+        assignment.finish()
+    except DataError:
+        place.discard()  # no command could go on from it
+        raise
+    left_out = assignment.census.left_out
     record = {
         "format_version": FORMAT_VERSION,
-        "preparation": _record(preparation),
-        "files": files,
+        "preparation": preparation.record(),
+        "files": place.journal["files"],
+        "dtype": place.journal["dtype"],
+        "tokenizer": place.journal["tokenizer"],
         "dropped": [{"name": domain, "reason": reason} for domain, reason in dropped.reasons.items()],
-        "dtype": writer.dtype.name,
-        "tokenizer": {
-            "vocab_size": writer.vocab_size,
-            "end_of_document": writer.end,
-            "bytes": (folder / "tokenizer.json").stat().st_size,
-            "sha256": sha256(folder / "tokenizer.json"),
-        },
+        "left_out": [{"from": late, "since_in": early, "documents": n} for (early, late), n in left_out.items()],
         "domains": writer.finish(),
     }
-    write_json(folder / "corpus.json", record | {"fingerprint": fingerprint(record)})
+    write_json(place.store / "corpus.json", record | {"fingerprint": fingerprint(record)})
+    place.publish()
 
 
-def _train_documents(preparation: Preparation, dropped: Dropped, bar: Any) -> Iterator[Document]:
-    """The documents of train; the bar counts all of them."""
-    for split, _, document in assign(preparation, dropped):
-        bar.update(len(document.text))
+def _tokenizer_record(file: Path) -> dict[str, Any]:
+    """What corpus.json says of the tokenizer, and the type of its ids."""
+    tokenizer = load_tokenizer(str(file))
+    size = vocab_size(tokenizer)
+    entry = {"vocab_size": size, "end_of_document": end_of_document(tokenizer)}
+    return {
+        "dtype": token_dtype(size).name,
+        "tokenizer": {**entry, "bytes": file.stat().st_size, "sha256": sha256(file)},
+    }
+
+
+def _write_tokenizer(preparation: Preparation, file: Path, dropped: "_Dropped", balanced: bool, quiet: bool) -> None:
+    """Load the tokenizer, or train it: on all train documents of a small source, on a sample of a large one."""
+    if not preparation.tokenizer.startswith("train:"):
+        tokenizer = load_tokenizer(preparation.tokenizer)
+    elif balanced:
+        assignment = assign(preparation, dropped)
+        with Progress(preparation, assignment, None, quiet) as progress:
+            tokenizer = train_tokenizer(preparation.tokenizer, _train_documents(assignment, progress))
+    else:
+        tokenizer = train_tokenizer(preparation.tokenizer, sample(preparation))
+    with atomic_file(file) as content:
+        content.write(tokenizer.to_str(pretty=True).encode())
+
+
+def _train_documents(assignment: Assignment, progress: "Progress") -> Iterator[Document]:
+    for split, _, document in assignment:
+        progress.show(len(document.text))
         if split == "train":
             yield document
+    assignment.finish()
+
+
+def _held_out(preparation: Preparation, writer: ShardWriter) -> dict[str, np.ndarray]:
+    """Hashes of the documents that were written from the user's own validation and test."""
+    own = [split for split in ("validation", "test") if split in preparation.sources()]
+    files = {split: writer.documents_of(split) for split in own}
+    return {
+        split: np.concatenate([np.fromfile(file, dtype=np.uint64) for file in of]) for split, of in files.items() if of
+    }
+
+
+class _Batch(NamedTuple):
+    """Documents that are encoded together."""
+
+    documents: list[Assigned]
+    position: dict[str, Any] | None
+    """Where to go on after them; None after the last, which is never gone on from."""
+
+
+def _batches(assignment: Assignment) -> Iterator[tuple[_Batch, list[str]]]:
+    """Batches with their texts."""
+    documents: list[Assigned] = []
+    num_chars = 0
+    for assigned in assignment:
+        documents.append(assigned)
+        num_chars += len(assigned.document.text)
+        if len(documents) >= _BATCH_DOCUMENTS or num_chars >= _BATCH_CHARS:
+            yield _Batch(documents, assignment.state()), [item.document.text for item in documents]
+            documents, num_chars = [], 0
+    if documents:
+        yield _Batch(documents, None), [item.document.text for item in documents]
+
+
+def _encode_all(
+    assignment: Assignment, writer: ShardWriter, place: Workplace, workers: int, progress: "Progress"
+) -> None:
+    with Encoder(place.store / "tokenizer.json", workers) as encoder, progress:
+        for batch, encoded in encoder.run(_batches(assignment)):
+            _append(writer, batch.documents, encoded)
+            progress.show(sum(len(item.document.text) for item in batch.documents))
+            if batch.position is not None and place.due():
+                place.commit(written=writer.state(), position=batch.position)
+
+
+def _append(writer: ShardWriter, documents: list[Assigned], encoded: Encoded) -> None:
+    """Append a batch's documents, those of one domain and split together."""
+    ends = np.cumsum(encoded.lengths) * writer.dtype.itemsize
+    groups: dict[tuple[str, str], list[int]] = {}
+    for index, item in enumerate(documents):
+        groups.setdefault((item.document.domain, item.split), []).append(index)
+    for (domain, split), members in groups.items():
+        parts = [encoded.tokens[int(ends[index - 1]) if index else 0 : int(ends[index])] for index in members]
+        writer.append(domain, split, [documents[index].digest for index in members], b"".join(parts))
 
 
 class _Dropped:
@@ -139,77 +240,3 @@ class _Dropped:
         if domain not in self.reasons:
             _log.warning("pocket: domain '%s' is left out: %s", domain, reason)
             self.reasons[domain] = reason
-
-
-class _Writer:
-    """Appends encoded documents to one file per domain and split."""
-
-    def __init__(self, folder: Path, tokenizer: "Tokenizer"):
-        self.folder, self.tokenizer = folder, tokenizer
-        self.vocab_size = max(tokenizer.get_vocab().values()) + 1  # ids of added tokens may leave gaps
-        self.dtype = token_dtype(self.vocab_size)
-        self.end = end_of_document(tokenizer)
-        self._stack = ExitStack()
-        self._files: dict[tuple[str, str], BinaryIO] = {}
-        self._tokens: dict[tuple[str, str], int] = {}
-        self._hashes: dict[tuple[str, str], list[int]] = {}
-        self._waiting: list[tuple[str, Document]] = []
-
-    def __enter__(self) -> "_Writer":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if error[0] is None:
-            self._flush()
-        self._stack.close()
-
-    def add(self, split: str, digest: int, document: Document) -> None:
-        """Queue a document; documents are encoded by the batch, on all cores."""
-        self._hashes.setdefault((document.domain, split), []).append(digest)
-        self._waiting.append((split, document))
-        if len(self._waiting) >= _BATCH:
-            self._flush()
-
-    def _flush(self) -> None:
-        texts = [document.text for _, document in self._waiting]
-        for (split, document), ids in zip(self._waiting, encode(self.tokenizer, texts, self.end), strict=True):
-            key = (document.domain, split)
-            if key not in self._files:
-                path = self.folder / split / f"{len(self._files):04d}.part"
-                path.parent.mkdir(exist_ok=True)
-                self._files[key] = self._stack.enter_context(path.open("wb"))
-            tokens = np.array([*ids, self.end], dtype=self.dtype)
-            self._files[key].write(tokens.tobytes())
-            self._tokens[key] = self._tokens.get(key, 0) + len(tokens)
-        self._waiting = []
-
-    def finish(self) -> list[dict[str, Any]]:
-        """Name the files by domain, and describe them for `corpus.json`."""
-        domains = sorted({domain for domain, _ in self._files})
-        return [
-            {"name": domain, "splits": {split: self._finish_file(index, domain, split) for split in SPLITS}}
-            for index, domain in enumerate(domains)
-        ]
-
-    def _finish_file(self, index: int, domain: str, split: str) -> dict[str, Any]:
-        stem = f"{split}/{index:02d}-{re.sub(r'[^A-Za-z0-9]+', '-', domain).strip('-').lower()}"
-        tokens, documents = self.folder / f"{stem}.bin", self.folder / f"{stem}.documents"
-        Path(self._files[domain, split].name).rename(tokens)
-        hashes = np.array(sorted(self._hashes[domain, split]), dtype="<u8")
-        documents.write_bytes(hashes.tobytes())
-        return {
-            "tokens": self._tokens[domain, split],
-            "documents": len(hashes),
-            "tokens_file": f"{stem}.bin",
-            "tokens_bytes": tokens.stat().st_size,
-            "tokens_sha256": sha256(tokens),
-            "documents_file": f"{stem}.documents",
-            "documents_bytes": documents.stat().st_size,
-            "documents_sha256": sha256(documents),
-        }
-
-
-def _bar(label: str, total: int | None, quiet: bool) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc=label, unit="char", unit_scale=True, disable=quiet, dynamic_ncols=True)

@@ -1,32 +1,52 @@
-"""`MixtureSampler`: a mixture in, a batch out, immediately.
+"""`MixtureSampler`: a mixture in, a batch out, immediately, in time that does not depend on the corpus' size.
 
-A batch is a pure function of (seed, cursors, carry, weights): the order of a domain's epoch e is the permutation
-seeded by (seed, domain, e), so the state is a cursor per domain.
+A batch is a pure function of (seed, cursors, carry, weights): a domain's sequences come in the order that its stream
+fixes (`corpus.order`), so the state is a cursor per domain. The rows of several processes are parts of one batch: how
+many processes there are is no part of the state.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from acodm_env.corpus.order import Order
 from acodm_env.corpus.tokens import TokenStore
 from acodm_env.errors import ConfigError, DataError
 from acodm_env.mixture import Composer
 from acodm_env.trainer import Array
 
+_ALL = slice(None)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Sequences of one optimiser step, sorted by domain."""
+    """Sequences of one optimiser step, sorted by domain: the rows of one process, and what all of them share."""
 
     tokens: NDArray[np.int64]
-    """Token ids (B, T)."""
+    """Token ids (B, T) of this process's rows."""
     domains: NDArray[np.int64]
     """Index of each row's domain (B,), ascending as drawn."""
+    nth: NDArray[np.int64]
+    """Sequences drawn from its domain before each row (B,), since the start, by all processes."""
     counts: NDArray[np.int64]
-    """Rows per domain (K,)."""
+    """Rows per domain (K,), of all processes."""
+    drawn: NDArray[np.int64]
+    """Sequences drawn per domain (K,) since the start by all processes, this batch included."""
+    weights: Array
+    """Mixture (K,) that composed it."""
+    decision: int
+    """Which mixture that was: calls of `draw` before the one that gave it; −1 where none did."""
+
+    def rows(self, index: Any) -> "Batch":
+        """Some of its rows, such as a micro-batch; what concerns all processes stays.
+
+        Args:
+            index: slice, mask or indices.
+        """
+        return replace(self, tokens=self.tokens[index], domains=self.domains[index], nth=self.nth[index])
 
 
 class MixtureSampler:
@@ -38,7 +58,7 @@ class MixtureSampler:
         Args:
             store: the corpus.
             split: "train", "validation" or "test".
-            batch_size: sequences per batch, B.
+            batch_size: sequences per batch, B, of all processes together.
             sequence_length: tokens per sequence, T.
             seed: of the order, 0 or more.
 
@@ -53,51 +73,66 @@ class MixtureSampler:
         ):
             if value < least:
                 raise ConfigError(f"{name}={value}: must be at least {least}")
+        self.store, self.split = store, split
         self.batch_size, self.sequence_length, self.seed = batch_size, sequence_length, seed
-        self._sizes = store.num_sequences(split, sequence_length)
-        self._windows = [store.windows(split, index, sequence_length) for index in range(len(store.domains))]
+        self.sizes: NDArray[np.int64] = np.array(store.num_sequences(split, sequence_length), dtype=np.int64)
+        """Whole sequences per domain (K,)."""
+        self._digests = [store.domain_digest(name) for name in store.domains]
         self._composer = Composer(len(store.domains))
-        self._cursors = [0] * len(store.domains)  # sequences drawn since the start, all epochs
-        self._orders: list[tuple[int, NDArray[np.int64]] | None] = [None] * len(store.domains)
+        self._draws = 0
+        self._next_stream = len(store.domains)  # where the numbers of domains that are added begin
+        self._start(list(range(len(store.domains))), [0] * len(store.domains))
 
-    def draw(self, weights: Array, masked: NDArray[np.bool_] | None = None) -> Batch:
+    def _start(self, streams: list[int], cursors: list[int]) -> None:
+        self._streams = streams  # the domains' numbers in the seeds of their orders
+        self._cursors = cursors  # sequences drawn since the start, all epochs
+        self._orders = [Order(int(size), self.seed, stream) for size, stream in zip(self.sizes, streams, strict=True)]
+
+    def draw(self, weights: Array, masked: NDArray[np.bool_] | None = None, *, rows: slice = _ALL) -> Batch:
         """The next batch.
 
         Args:
             weights: mixture (K,).
             masked: bool (K,), domains that get nothing and lose what they were owed; None masks none.
+            rows: which of the batch's rows are read and returned: process r of n takes slice(r, None, n).
 
         Raises:
             ConfigError: the weights are no mixture.
         """
-        counts = self._composer.compose(weights, self.batch_size, masked)  # (K,)
-        tokens = np.empty((self.batch_size, self.sequence_length), dtype=np.int64)  # (B, T)
-        start = 0
-        for domain, count in enumerate(counts.tolist()):
-            if count:
-                tokens[start : start + count] = self._windows[domain][self._next(domain, count)]
-                start += count
-        return Batch(tokens=tokens, domains=np.repeat(np.arange(len(counts)), counts), counts=counts)
+        before = self._composer.state_dict()
+        try:
+            counts = self._composer.compose(weights, self.batch_size, masked)  # (K,)
+            tokens, nth = self._read(counts, np.arange(self.batch_size)[rows])
+        except BaseException:  # also when interrupted: a checkpoint written after that must not have lost a batch
+            self._composer.load_state_dict(before)
+            raise
+        self._cursors = [cursor + count for cursor, count in zip(self._cursors, counts.tolist(), strict=True)]
+        self._draws += 1
+        return Batch(
+            tokens=tokens,
+            domains=np.repeat(np.arange(len(counts)), counts)[rows],
+            nth=nth,
+            counts=counts,
+            drawn=self.drawn,
+            weights=np.array(weights, dtype=np.float64),
+            decision=self._draws - 1,
+        )
 
-    def _next(self, domain: int, count: int) -> NDArray[np.int64]:
-        """Indices (count,) of a domain's next sequences; they may span the end of an epoch."""
-        size, cursor = self._sizes[domain], self._cursors[domain]
-        self._cursors[domain] = cursor + count
-        epoch, begin = divmod(cursor, size)
-        parts = []
-        while count > 0:
-            part = self._order(domain, epoch)[begin : begin + count]
-            parts.append(part)
-            count, epoch, begin = count - len(part), epoch + 1, 0
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-    def _order(self, domain: int, epoch: int) -> NDArray[np.int64]:
-        known = self._orders[domain]
-        if known is None or known[0] != epoch:
-            rng = np.random.default_rng([self.seed, domain, epoch])
-            known = (epoch, rng.permutation(self._sizes[domain]))
-            self._orders[domain] = known
-        return known[1]
+    def _read(self, counts: NDArray[np.int64], mine: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Token ids (B, T) of the rows `mine` (B,) of a batch of `counts` (K,), and their places in their domains."""
+        tokens = np.empty((len(mine), self.sequence_length), dtype=np.int64)  # (B, T)
+        nth = np.empty(len(mine), dtype=np.int64)  # (B,)
+        ends = np.cumsum(counts)  # (K,)
+        edges = np.searchsorted(mine, ends).tolist()
+        begin = 0
+        for domain, (count, end, edge) in enumerate(zip(counts.tolist(), ends.tolist(), edges, strict=True)):
+            if edge > begin:
+                places = mine[begin:edge] - (end - count)  # among this domain's rows of the batch
+                indices = self._orders[domain].take(self._cursors[domain], count)[places]
+                tokens[begin:edge] = self.store.sequences(self.split, domain, indices, self.sequence_length)
+                nth[begin:edge] = places + self._cursors[domain]
+            begin = edge
+        return tokens, nth
 
     @property
     def drawn(self) -> NDArray[np.int64]:
@@ -107,33 +142,74 @@ class MixtureSampler:
     @property
     def epochs(self) -> Array:
         """Passes over each domain (K,) since the start, as a fraction."""
-        passes: Array = self.drawn / np.array(self._sizes, dtype=np.float64)
+        passes: Array = self.drawn / self.sizes.astype(np.float64)
         return passes
 
     def state_dict(self) -> dict[str, Any]:
-        """Seed, cursors and carry; the sizes guard against another corpus."""
+        """Seed, position and carry; domains, sizes and digests guard against another corpus."""
         return {
             "seed": self.seed,
+            "sequence_length": self.sequence_length,
+            "domains": list(self.store.domains),
+            "sizes": self.sizes.tolist(),
+            "digests": list(self._digests),
+            "streams": list(self._streams),
+            "next_stream": self._next_stream,
             "cursors": list(self._cursors),
-            "sizes": list(self._sizes),
+            "draws": self._draws,
             "composer": self._composer.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], adapt: bool = False) -> None:
         """Go on exactly from `state_dict`'s value, its seed included.
 
+        Args:
+            state: what `state_dict` gave.
+            adapt: let the domains differ. Those that stay go on where they were, what they were owed included, and
+                neither repeat nor skip a sequence; new ones begin with an order of their own; the others go.
+
         Raises:
-            DataError: the state belongs to a corpus or sequence length with other numbers of sequences.
+            DataError: a domain's content differs, or the domains do and `adapt` was not given; names them.
         """
-        if list(state["sizes"]) != list(self._sizes):
-            raise DataError(
-                f"sampler.sizes={list(state['sizes'])}: must be {list(self._sizes)} sequences per domain; the "
-                f"checkpoint was made on another corpus or with another sequence length; use those again"
-            )
+        self._check(state, adapt)
+        before = {name: index for index, name in enumerate(state["domains"])}
+        sources = [before.get(name) for name in self.store.domains]
+        fresh = iter(range(int(state["next_stream"]), int(state["next_stream"]) + len(sources)))
+        carry = np.array(state["composer"]["carry"], dtype=np.float64)
         self.seed = int(state["seed"])
-        self._cursors = [int(cursor) for cursor in state["cursors"]]
-        self._orders = [None] * len(self._sizes)
-        self._composer.load_state_dict(state["composer"])
+        self._draws = int(state["draws"])
+        self._composer.carry = np.array([0.0 if source is None else carry[source] for source in sources])
+        self._start(
+            [next(fresh) if source is None else int(state["streams"][source]) for source in sources],
+            [0 if source is None else int(state["cursors"][source]) for source in sources],
+        )
+        self._next_stream = next(fresh, int(state["next_stream"]) + len(sources))
+
+    def _check(self, state: Mapping[str, Any], adapt: bool) -> None:
+        """Refuse another content of a domain; without `adapt` other domains too."""
+        if int(state["sequence_length"]) != self.sequence_length:
+            raise DataError(
+                f"sequence_length={self.sequence_length}: must be {state['sequence_length']} tokens; the checkpoint "
+                f"was made with another sequence length; use that again"
+            )
+        here, there = list(self.store.domains), list(state["domains"])
+        known = dict(zip(there, zip(state["sizes"], state["digests"], strict=True), strict=True))
+        for name, size, digest in zip(here, self.sizes.tolist(), self._digests, strict=True):
+            if name in known and known[name] != (size, digest):
+                raise DataError(
+                    f"domain={name}: must hold what it held when the checkpoint was made, {known[name][0]} sequences "
+                    f"with digest {known[name][1][:12]}…; it holds {size} with {digest[:12]}…; use that corpus again, "
+                    f"or give the changed domain another name and resume with --adapt"
+                )
+        if here != there and not adapt:
+            added, gone = [name for name in here if name not in known], [name for name in there if name not in here]
+            detail = "; ".join(
+                f"{what}: {', '.join(names)}" for what, names in (("added", added), ("removed", gone)) if names
+            )
+            raise DataError(
+                f"domains={','.join(here)}: must be {','.join(there)}, as in the checkpoint; "
+                f"{detail or 'they were reordered'}; use that corpus again, or go on with these by --adapt"
+            )
 
 
 def heldout(

@@ -1,63 +1,29 @@
-"""Which document goes into which split, and the refusal of what cannot become train, validation and test."""
+"""Which document goes into which split.
+
+Small sources are shared out evenly, domain by domain; that takes a memory of every document. Of larger ones each
+document's split follows from its hash alone, so that a preparation of any size takes the same memory and can go on
+from any position.
+"""
 
 import hashlib
-from collections import Counter
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
-from pathlib import Path
-from typing import NamedTuple
+from itertools import islice
+from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
+from acodm_env.corpus.census import Census
 from acodm_env.corpus.pocket import Dropped
-from acodm_env.corpus.sources import Document, Source, files_of
-from acodm_env.corpus.tokens import SPLITS
-from acodm_env.errors import ConfigError, DataError
+from acodm_env.corpus.preparation import Preparation
+from acodm_env.corpus.streams import Document, Stream
+from acodm_env.errors import DataError
 
-
-@dataclass(frozen=True, kw_only=True)
-class Preparation:
-    """Everything that decides what a token store holds."""
-
-    source: Source
-    validation: Source | None = None
-    test: Source | None = None
-    splits: tuple[float, float, float] = (0.9, 0.05, 0.05)
-    """Shares of train, validation and test, in characters; of those not given as sources of their own."""
-    tokenizer: str = "train:2048"
-    """"train:N" trains a byte-level BPE of N entries on train documents; else a tokenizer.json or a hub name."""
-
-    def __post_init__(self) -> None:
-        if len(self.splits) != 3 or not min(self.splits) >= 0 or not abs(sum(self.splits) - 1) <= 1e-6:
-            raise ConfigError(f"splits={self.splits}: must be three shares of train, validation, test that sum to 1")
-        given = dict(zip(SPLITS, self.splits, strict=True))
-        for split, share in self.shares().items():
-            if share == 0:
-                raise ConfigError(
-                    f"splits={self.splits}: must give {split} a share above 0; it is {given[split]:g} and {split} is "
-                    f"not given as files of its own; raise it or lower the others"
-                )
-
-    def sources(self) -> dict[str, Source]:
-        """The sources by what they are given as: "source" and, where the user has their own, "validation", "test"."""
-        given = {"source": self.source, "validation": self.validation, "test": self.test}
-        return {name: source for name, source in given.items() if source is not None}
-
-    def shares(self) -> dict[str, float]:
-        """Shares, summing to 1, of the splits that are cut out of the source."""
-        given = zip(SPLITS, self.splits, strict=True)
-        shares = {split: share for split, share in given if split not in self.sources()}
-        total = sum(shares.values()) or 1.0
-        return {split: share / total for split, share in shares.items()}
-
-    def files(self) -> list[Path]:
-        """Every local file that decides what the store holds; "pocket" and hub names have none.
-
-        Raises:
-            DataError: a path does not exist, or holds no file with an accepted ending.
-        """
-        files = [file for source in self.sources().values() for file in files_of(source.name)]
-        tokenizer = Path(self.tokenizer)
-        return [*files, tokenizer] if tokenizer.is_file() else files
+HELD_OUT_DOCUMENTS = 1 << 26
+"""Documents that the user's own validation and test may hold in all: 8 bytes of memory each."""
 
 
 class Assigned(NamedTuple):
@@ -68,50 +34,201 @@ class Assigned(NamedTuple):
     document: Document
 
 
-def assign(preparation: Preparation, on_dropped: Dropped | None = None) -> Iterator[Assigned]:
-    """Every document with its split: the user's own validation and test first, then the source; blank ones skipped.
-
-    Args:
-        preparation: the sources and shares.
-        on_dropped: called for a domain of "pocket" that this installation lacks.
-
-    Raises:
-        DataError: at the end, when everything was counted: documents that stand in two of the user's sources, a
-            domain without any text, or one that a split lacks.
-    """
-    sources = preparation.sources()
-    census = _Census({name: source.name for name, source in sources.items()})
-    splitter = _Splitter(preparation.shares())
-    owners: dict[int, str] = {}  # hash: the split that the user put the document into
-    for given_as in ("validation", "test", "source"):
-        for document in sources[given_as].documents(on_dropped) if given_as in sources else ():
-            if not census.count(given_as, document):
-                continue
-            digest = document_hash(document.text)
-            if owners.get(digest, given_as) != given_as:
-                census.overlap(owners[digest], given_as, digest, document)
-                continue
-            if given_as == "source":
-                split = splitter.split(digest, document)
-            else:
-                split = owners[digest] = given_as
-            census.splits[document.domain, split] += 1
-            yield Assigned(split, digest, document)
-    census.check()
-
-
 def document_hash(text: str) -> int:
     """64-bit hash of a document's text."""
     return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
 
 
-@dataclass
-class _Splitter:
-    """Assigns documents to splits: each goes where its domain is furthest behind its share, in characters.
+class Assignment(ABC):
+    """Every document with its split: the user's own validation and test first, then the source; blank ones skipped.
+
+    `finish` is for when all have been handed out.
+    """
+
+    def __init__(self, preparation: Preparation, on_dropped: Dropped | None = None):
+        self._sources = preparation.sources()
+        self._on_dropped = on_dropped
+        self._shares = preparation.shares()
+        self._stream: Stream | None = None
+        self._bytes_before = 0
+        self.census = Census({name: source.name for name, source in self._sources.items()})
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[Assigned]:
+        """Hand out the documents."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """Where to go on after the document handed out last, as JSON."""
+
+    def bytes_read(self) -> int | None:
+        """Bytes of the files read so far, where known."""
+        read = self._stream.bytes_read() if self._stream else 0
+        return None if read is None else self._bytes_before + read
+
+    def finish(self) -> None:
+        """Check the counts.
+
+        Raises:
+            DataError: documents that stand in two of the user's sources, a domain without any text, or one that a
+                split lacks.
+        """
+        self.census.check()
+
+    def _order(self) -> list[str]:
+        return [name for name in ("validation", "test", "source") if name in self._sources]
+
+    def _documents(self, given_as: str, start: Mapping[str, Any] | None = None) -> Iterator[tuple[int, Document]]:
+        """Documents of one source that hold text, counted, with their hashes."""
+        self._stream = self._sources[given_as].open(start, self._on_dropped)
+        for document in self._stream:
+            if self.census.count(given_as, document):
+                yield document_hash(document.text), document
+        self._bytes_before += self._stream.bytes_read() or 0
+        self._stream = None
+
+
+def assign(
+    preparation: Preparation,
+    on_dropped: Dropped | None = None,
+    state: Mapping[str, Any] | None = None,
+    held_out: Mapping[str, NDArray[np.uint64]] | None = None,
+) -> Assignment:
+    """How the documents of a preparation are assigned.
+
+    Args:
+        preparation: the sources and shares.
+        on_dropped: called for a domain of "pocket" that this installation lacks.
+        state: an earlier assignment's `state()`, to go on from there.
+        held_out: with `state`, the hashes of what went into "validation" and "test" before.
+    """
+    if preparation.balanced():
+        return _Balanced(preparation, on_dropped, state)
+    return _Hashed(preparation, on_dropped, state, held_out)
+
+
+class _Balanced(Assignment):
+    """Each document goes where its domain is furthest behind its share, in characters.
 
     So every split of even a small domain gets its part, spread evenly over the source. A repeated document follows
-    its first copy, and so no document stands in two splits.
+    its first copy, and so no document stands in two splits. Going on means reading again what was read.
     """
+
+    def __init__(self, preparation: Preparation, on_dropped: Dropped | None, state: Mapping[str, Any] | None):
+        super().__init__(preparation, on_dropped)
+        self._splitter = _Splitter(self._shares)
+        self._count = 0
+        self._skipped = int(state["documents"]) if state else 0
+
+    def __iter__(self) -> Iterator[Assigned]:
+        for assigned in islice(self._all(), self._skipped, None):
+            self._count += 1
+            yield assigned
+
+    def _all(self) -> Iterator[Assigned]:
+        owners: dict[int, str] = {}  # hash: the split that the user put the document into
+        for given_as in self._order():
+            for digest, document in self._documents(given_as):
+                if owners.get(digest, given_as) != given_as:
+                    self.census.overlap(owners[digest], given_as, digest, document)
+                    continue
+                if given_as == "source":
+                    split = self._splitter.split(digest, document)
+                else:
+                    split = owners[digest] = given_as
+                self.census.splits[document.domain, split] += 1
+                yield Assigned(split, digest, document)
+
+    def state(self) -> dict[str, Any]:
+        """The number of documents handed out."""
+        return {"documents": self._skipped + self._count}
+
+
+class _Hashed(Assignment):
+    """A document's split follows from its hash: u = hash / 2^64 lies in one of the intervals that the shares cut.
+
+    What also stands in the user's own validation is left out of test, and what stands in either is left out of train.
+    """
+
+    def __init__(
+        self,
+        preparation: Preparation,
+        on_dropped: Dropped | None,
+        state: Mapping[str, Any] | None,
+        held_out: Mapping[str, NDArray[np.uint64]] | None,
+    ):
+        super().__init__(preparation, on_dropped)
+        self._given_as = str(state["given_as"]) if state else self._order()[0]
+        self._start = state["position"] if state else None
+        self._held_out = {name: array("Q", np.asarray(own).tobytes()) for name, own in (held_out or {}).items()}
+        if state:
+            self.census.load(state["census"])
+            self._bytes_before = int(state["bytes_before"])
+
+    def __iter__(self) -> Iterator[Assigned]:
+        order = self._order()
+        for given_as in order[order.index(self._given_as) :]:
+            self._given_as = given_as
+            known = {name: self._sorted(name) for name in order[: order.index(given_as)]}
+            for digest, document in self._documents(given_as, self._start):
+                if earlier := next((name for name, hashes in known.items() if _contains(hashes, digest)), None):
+                    self.census.left_out[earlier, given_as] += 1
+                    continue
+                split = split_of(digest, self._shares) if given_as == "source" else given_as
+                if given_as != "source":
+                    self._hold_out(given_as, digest)
+                self.census.splits[document.domain, split] += 1
+                yield Assigned(split, digest, document)
+            self._start = None
+
+    def state(self) -> dict[str, Any]:
+        """Source, position within it, and the counts."""
+        position = self._stream.position() if self._stream else self._start
+        return {
+            "given_as": self._given_as,
+            "position": position,
+            "bytes_before": self._bytes_before,
+            "census": self.census.state(),
+        }
+
+    def _hold_out(self, split: str, digest: int) -> None:
+        self._held_out.setdefault(split, array("Q")).append(digest)
+        if sum(map(len, self._held_out.values())) > HELD_OUT_DOCUMENTS:
+            raise DataError(
+                f"{split}={self._sources[split].name}: must hold at most {HELD_OUT_DOCUMENTS:,} documents, validation "
+                f"and test together; it holds more: their hashes are kept in memory; give fewer files"
+            )
+
+    def _sorted(self, split: str) -> NDArray[np.uint64]:
+        return np.sort(np.frombuffer(self._held_out.get(split, array("Q")), dtype=np.uint64))
+
+
+def split_of(digest: int, shares: Mapping[str, float]) -> str:
+    """The split that a document's hash alone gives it."""
+    point, total = digest / 2**64, 0.0
+    for split, share in shares.items():
+        total += share
+        if point < total:
+            return split
+    return next(reversed(list(shares)))
+
+
+def sample(preparation: Preparation) -> Iterator[Document]:
+    """Train documents from which a tokenizer is trained when there are too many to read them all twice."""
+    shares = preparation.shares()
+    for document in preparation.source.sample():
+        if document.text.strip() and split_of(document_hash(document.text), shares) == "train":
+            yield document
+
+
+def _contains(hashes: NDArray[np.uint64], digest: int) -> bool:
+    spot = int(np.searchsorted(hashes, np.uint64(digest)))
+    return spot < len(hashes) and int(hashes[spot]) == digest
+
+
+@dataclass
+class _Splitter:
+    """Keeps the splits of every domain in step with their shares."""
 
     shares: dict[str, float]
     _done: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -126,88 +243,3 @@ class _Splitter:
             done[split] += len(document.text)
             self._seen[digest] = split
         return self._seen[digest]
-
-
-@dataclass
-class _Census:
-    """What was counted while the documents went by, and the errors that need the counts."""
-
-    names: dict[str, str]
-    """What the user gave, by "source", "validation", "test"."""
-    texts: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """Documents by (given as, domain)."""
-    blank: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """Documents without text, likewise."""
-    splits: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """Documents by (domain, split)."""
-    shared: dict[tuple[str, str], set[int]] = field(default_factory=dict)
-    """Hashes of the documents that stand in two sources."""
-    examples: dict[tuple[str, str], Document] = field(default_factory=dict)
-
-    def count(self, given_as: str, document: Document) -> bool:
-        """Count a document; whether it holds text."""
-        holds_text = bool(document.text.strip())
-        (self.texts if holds_text else self.blank)[given_as, document.domain] += 1
-        return holds_text
-
-    def overlap(self, first: str, second: str, digest: int, document: Document) -> None:
-        """Note a document of source `second` that stands in `first` too."""
-        self.shared.setdefault((first, second), set()).add(digest)
-        self.examples.setdefault((first, second), document)
-
-    def check(self) -> None:
-        """Raise the error that the counts call for, if any."""
-        self._check_overlaps()
-        self._check_blank()
-        known = self._domains("source")
-        if not known:
-            raise DataError(f"source={self.names['source']}: must hold at least one document; it holds none; check it")
-        for split in ("validation", "test"):
-            if split in self.names:
-                self._check_own(split, known)
-        for split in SPLITS:
-            if missing := [domain for domain in known if not self.splits[domain, split]]:
-                held = ", ".join(f"{domain} ({self.texts['source', domain]})" for domain in missing)
-                raise DataError(
-                    f"domain={missing[0]}: must have documents in {split}; too few documents to be shared out, by "
-                    f"domain: {held}; give {split} a larger share with --splits, add documents, or leave the domain out"
-                )
-
-    def _domains(self, given_as: str) -> list[str]:
-        return sorted(domain for name, domain in self.texts if name == given_as)
-
-    def _check_overlaps(self) -> None:
-        for (first, second), digests in self.shared.items():
-            example = self.examples[first, second]
-            raise DataError(
-                f"{first}={self.names[first]}: must share no document with {second}={self.names[second]}; "
-                f"{len(digests):,} {'document stands' if len(digests) == 1 else 'documents stand'} in both, for "
-                f"instance {example.domain}: {example.text[:60]!r}; remove them from one of the two"
-            )
-
-    def _check_blank(self) -> None:
-        for (given_as, domain), number in self.blank.items():
-            if not self.texts[given_as, domain]:
-                raise DataError(
-                    f"domain={domain}: must hold text; all its {number:,} documents in "
-                    f"{given_as}={self.names[given_as]} are empty or white space; check the text field (--text-field) "
-                    f"or leave the domain out"
-                )
-
-    def _check_own(self, split: str, known: list[str]) -> None:
-        """The user's own file for a split and the source must hold the same domains."""
-        theirs = self._domains(split)
-        file, source = f"{split}={self.names[split]}", f"source={self.names['source']}"
-        if missing := [domain for domain in known if domain not in theirs]:
-            raise DataError(
-                f"domain={', '.join(missing)}: must have documents in {file} too; only {source} holds them; add "
-                f"documents to that file, drop the domain from the source, or leave out --{split} so that a share of "
-                f"the source is taken"
-            )
-        if extra := [domain for domain in theirs if domain not in known]:
-            near = get_close_matches(extra[0], known, n=1, cutoff=0.5)
-            raise DataError(
-                f"domain={', '.join(extra)}: must have documents in {source} too, to train on; only {file} holds them; "
-                + (f"is '{near[0]}' of the source meant? else " if near else "")
-                + "add documents to the source or drop the domain from that file"
-            )

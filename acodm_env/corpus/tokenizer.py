@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from acodm_env.corpus.sources import Document
+from acodm_env.corpus.streams import Document
 from acodm_env.errors import ConfigError, DataError
 from acodm_env.hub import looks_local, require_hub
 
@@ -16,6 +16,8 @@ END_OF_DOCUMENT = "<|endofdocument|>"
 _ENDS = (END_OF_DOCUMENT, "<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
 SAMPLE_CHARACTERS = 1_000_000
 """Per domain, for training: equal parts, so that a small domain is not spelled byte by byte."""
+LONGEST_CHARS = 1_000_000
+"""Longer texts are encoded in parts."""
 
 
 def train_tokenizer(setting: str, documents: Iterable[Document]) -> "Tokenizer":
@@ -133,11 +135,39 @@ def end_of_document(tokenizer: "Tokenizer") -> int:
     raise ConfigError(f"tokenizer: must have an end-of-text token ({', '.join(_ENDS)}); add one or use train:N")
 
 
+def vocab_size(tokenizer: "Tokenizer") -> int:
+    """The largest id plus one: ids of added tokens may leave gaps."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def encode(tokenizer: "Tokenizer", texts: Sequence[str], end: int) -> Iterator[list[int]]:
-    """Ids of each text. A special token spelled out in a text is text like any other: only we write the id `end`."""
+    """Ids of each text. A special token spelled out in a text is text like any other: only we write the id `end`.
+
+    Encoding takes about 200 bytes of memory a character, so a text of more than `LONGEST_CHARS` is encoded in
+    parts, cut at line ends where there are any.
+    """
     tokenizer.encode_special_tokens = True
+    if any(len(text) > LONGEST_CHARS for text in texts):
+        for text in texts:
+            yield [token for part in _parts(text) for token in next(_encode(tokenizer, [part], end))]
+    else:
+        yield from _encode(tokenizer, texts, end)
+
+
+def _encode(tokenizer: "Tokenizer", texts: Sequence[str], end: int) -> Iterator[list[int]]:
     for text, encoding in zip(texts, tokenizer.encode_batch_fast(list(texts), add_special_tokens=False), strict=True):
-        yield encoding.ids if end not in encoding.ids else _encode_around(tokenizer, text, end)
+        ids = encoding.ids
+        yield ids if end not in ids else _encode_around(tokenizer, text, end)
+
+
+def _parts(text: str) -> Iterator[str]:
+    start = 0
+    while start < len(text):
+        limit = start + LONGEST_CHARS
+        cut = text.rfind("\n", start, limit) if limit < len(text) else -1
+        end = cut if cut > start else limit
+        yield text[start:end]
+        start = end
 
 
 def _encode_around(tokenizer: "Tokenizer", text: str, end: int) -> list[int]:

@@ -1,38 +1,46 @@
-"""`TokenStore`: a tokenised corpus on disk, one memory-mapped flat array per domain and split.
+"""`TokenStore`: a tokenised corpus on disk, memory-mapped shards of token ids per domain and split.
 
 A change of mixture must reach the *next* batch, so nothing is fetched ahead: a batch is gathered by index from
 the maps. What lies in a store's folder::
 
-    corpus.json                     domains, sizes, checksums, tokenizer, fingerprint
-    tokenizer.json                  the tokenizer that encoded it
-    train/00-python.bin             uint16 or uint32 token ids, documents end with the end-of-document token
-    train/00-python.documents       sorted uint64 hashes of the documents
+    corpus.json                      domains, shards, sizes, checksums, tokenizer, fingerprint
+    tokenizer.json                   the tokenizer that encoded it
+    train/00-python-00000.bin        uint16 or uint32 token ids, documents end with the end-of-document token
+    train/00-python.documents        uint64 hashes of the documents, in their order
     validation/…, test/…
 
-On opening, sizes and SHA-256 are compared with corpus.json, and the splits' document hashes with each other: a
-corpus whose held-out text was trained on is refused (method: train and test shards swapped is a known defect).
+A domain's tokens are one stream cut into shards of one size; a sequence never spans two of them. What is compared
+on opening is in `integrity`: a corpus whose held-out text was trained on is refused (method: train and test shards
+swapped is a known defect).
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import mmap
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from acodm_env.corpus.integrity import (
+    WHOLE_BYTES,
+    StoredFile,
+    check_content,
+    check_disjoint,
+    check_edges,
+    check_sizes,
+    stored_files,
+)
+from acodm_env.corpus.shards import SPLITS, token_dtype
 from acodm_env.errors import ConfigError, DataError, unknown
-from acodm_env.files import read_json, sha256
+from acodm_env.files import read_json
 
-FORMAT_VERSION = 1
-SPLITS = ("train", "validation", "test")
+__all__ = ["FORMAT_VERSION", "SPLITS", "TokenStore", "fingerprint", "token_dtype"]
+
+FORMAT_VERSION = 2
 
 _verified: set[tuple[tuple[str, int, int], ...]] = set()  # (file, size, mtime_ns) of the stores checked already
-
-
-def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The smallest unsigned type that holds every id of a vocabulary."""
-    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
 def fingerprint(record: Mapping[str, Any]) -> str:
@@ -43,9 +51,14 @@ def fingerprint(record: Mapping[str, Any]) -> str:
     """
     digest = hashlib.sha256(str(record["tokenizer"]["sha256"]).encode())
     for entry in record["domains"]:
-        sums = [entry["splits"][split][key] for split in SPLITS for key in ("tokens_sha256", "documents_sha256")]
+        parts = [entry["splits"][split] for split in SPLITS]
+        sums = [sum_ for part in parts for sum_ in (*_checksums(part), part["documents_sha256"])]
         digest.update("\0".join([entry["name"], *sums]).encode() + b"\n")
     return digest.hexdigest()
+
+
+def _checksums(part: Mapping[str, Any]) -> list[str]:
+    return [shard["sha256"] for shard in part["shards"]]
 
 
 class TokenStore:
@@ -60,17 +73,17 @@ class TokenStore:
         self.end_of_document = int(record["tokenizer"]["end_of_document"])
         self.fingerprint = str(record["fingerprint"])
         self.dtype = np.dtype(record["dtype"])
-        self._maps: dict[tuple[str, int], np.memmap[Any, Any]] = {}
-        self._windows: dict[tuple[str, int, int], NDArray[Any]] = {}
+        self._maps: dict[str, NDArray[Any]] = {}
+        self._bounds: dict[tuple[str, int, int], NDArray[np.int64]] = {}
 
     @classmethod
     def open(cls, path: str | Path, verify: bool = True) -> Self:
-        """Open the store in folder `path`.
+        """Open the store in folder `path`, in a time that grows with its number of shards, not with their size.
 
         Args:
             path: a folder written by `acodm prepare`.
-            verify: compare checksums and check that the splits are disjoint, once per process and store; sizes
-                are always compared.
+            verify: compare checksums and check that the splits are disjoint, once per process and store: of the
+                shards' edges, and of everything up to 1 GiB. Existence and sizes are always compared.
 
         Raises:
             DataError: no store, another format, cut short, edited, or splits that share documents.
@@ -89,16 +102,23 @@ class TokenStore:
             )
         try:
             store = cls(path, record)
-            state = tuple(store._check_sizes())
+            store._check(whole=False, again=not verify)
         except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, ConfigError):
+                raise
             raise DataError(
                 f"{path / 'corpus.json'}: must list domains, sizes and checksums; {error!r}: it was edited; "
                 f"prepare the corpus again"
             ) from error
-        if verify and state not in _verified:
-            store._check_content()
-            _verified.add(state)
         return store
+
+    def verify(self) -> None:
+        """Read every byte of the store and compare it with its checksums, and the splits with each other.
+
+        Raises:
+            DataError: something was edited, or splits share documents.
+        """
+        self._check(whole=True)
 
     def subset(self, domains: Sequence[str]) -> "TokenStore":
         """The store as if it held nothing but `domains`, in that order.
@@ -108,139 +128,154 @@ class TokenStore:
         """
         if not domains or len(set(domains)) != len(domains):
             raise ConfigError(f"domains={','.join(domains)}: must name at least one domain, each once")
-        for name in domains:
-            if name not in self.domains:
-                unknown("domain", name, self.domains)
         entries = {entry["name"]: entry for entry in self.record["domains"]}
-        record = {**self.record, "domains": [entries[name] for name in domains]}
+        record = {**self.record, "domains": [entries[self.domains[self._index(name)]] for name in domains]}
         return TokenStore(self.path, {**record, "fingerprint": fingerprint(record)})
 
     def __reduce__(self) -> tuple[Callable[[str, tuple[str, ...], str], "TokenStore"], tuple[Any, ...]]:
         return _reopen, (str(self.path), self.domains, self.fingerprint)
 
-    def tokens(self, domain: str, split: str) -> "np.memmap[Any, Any]":
-        """All token ids of a domain in a split (N,), memory-mapped and read-only.
+    def tokens(self, domain: str, split: str) -> NDArray[Any]:
+        """All token ids of a domain in a split (N,), read-only: memory-mapped, or copied if it has several shards.
 
         Raises:
             ConfigError: no such domain or split.
         """
-        if domain not in self.domains:
-            unknown("domain", domain, self.domains)
-        return self._map(split, self.domains.index(domain))
+        shards = [self._map(shard) for shard in self._part(split, self._index(domain))["shards"]]
+        if len(shards) == 1:
+            return shards[0]
+        flat = np.concatenate(shards)
+        flat.flags.writeable = False
+        return flat
 
     def sizes_tokens(self, split: str) -> tuple[int, ...]:
         """Tokens per domain (K,) in a split."""
-        return tuple(int(entry["tokens"]) for entry in self._entries(split))
+        return tuple(int(part["tokens"]) for part in self._parts(split))
+
+    def domain_digest(self, domain: str) -> str:
+        """SHA-256 over a domain's train tokens and the tokenizer: equal digests, equal sequences to train on.
+
+        Raises:
+            ConfigError: no such domain.
+        """
+        train = self._part("train", self._index(domain))
+        return hashlib.sha256("\0".join([self.record["tokenizer"]["sha256"], *_checksums(train)]).encode()).hexdigest()
 
     def num_documents(self, split: str) -> tuple[int, ...]:
         """Documents per domain (K,) in a split."""
-        return tuple(int(entry["documents"]) for entry in self._entries(split))
+        return tuple(int(part["documents"]) for part in self._parts(split))
 
     def num_sequences(self, split: str, sequence_length: int) -> tuple[int, ...]:
-        """Whole, non-overlapping sequences of `sequence_length` tokens per domain (K,).
+        """Whole, non-overlapping sequences of `sequence_length` tokens per domain (K,); none spans two shards.
 
         Raises:
             DataError: a domain has fewer than one.
         """
-        sizes = self.sizes_tokens(split)
-        for domain, size in zip(self.domains, sizes, strict=True):
-            if size < sequence_length:
+        counts = tuple(int(self._starts(split, index, sequence_length)[-1]) for index in range(len(self.domains)))
+        for domain, part, count in zip(self.domains, self._parts(split), counts, strict=True):
+            if count == 0:
+                longest = max(shard["tokens"] for shard in part["shards"])
                 raise DataError(
                     f"domain={domain}: must hold at least one sequence of {sequence_length} tokens in the {split} "
-                    f"split; it holds {size}; shorten the sequences to {size} tokens or fewer, or prepare the "
+                    f"split; it holds {longest}; shorten the sequences to {longest} tokens or fewer, or prepare the "
                     f"corpus again with more text for {split} (its own files, or its share, --splits) or without this "
                     f"domain"
                 )
-        return tuple(size // sequence_length for size in sizes)
+        return counts
 
     def sequences(
         self, split: str, domain_index: int, indices: NDArray[np.int64], sequence_length: int
     ) -> NDArray[np.int64]:
-        """The sequences `indices` (n,) of a domain, int64 (n, sequence_length)."""
-        rows: NDArray[np.int64] = self.windows(split, domain_index, sequence_length)[indices].astype(np.int64)
+        """Read sequences of a domain; the cost is theirs alone, whatever the size of the corpus.
+
+        Args:
+            split: "train", "validation" or "test".
+            domain_index: the domain.
+            indices: which sequences (n,), from 0 to `num_sequences` - 1.
+            sequence_length: tokens per sequence, T.
+
+        Returns:
+            Token ids, int64 (n, T).
+        """
+        starts = self._starts(split, domain_index, sequence_length)
+        shards = self._part(split, domain_index)["shards"]
+        if len(shards) == 1:
+            only: NDArray[np.int64] = self._rows(shards[0], sequence_length)[indices].astype(np.int64)
+            return only
+        rows = np.empty((len(indices), sequence_length), dtype=np.int64)
+        owners = np.searchsorted(starts, indices, side="right") - 1  # (n,), the shard of each
+        order = np.argsort(owners, kind="stable")
+        for group in np.split(order, np.flatnonzero(np.diff(owners[order])) + 1) if len(order) else ():
+            owner = int(owners[group[0]])
+            rows[group] = self._rows(shards[owner], sequence_length)[indices[group] - starts[owner]]
         return rows
 
-    def windows(self, split: str, domain_index: int, sequence_length: int) -> NDArray[Any]:
-        """Every whole sequence of a domain (num_sequences, sequence_length), a view of the memory map."""
-        key = (split, domain_index, sequence_length)
-        if key not in self._windows:
-            # A plain array over the same memory: indexing a memmap object costs several times as much.
-            flat = np.asarray(self._map(split, domain_index))
-            num_sequences = len(flat) // sequence_length
-            self._windows[key] = flat[: num_sequences * sequence_length].reshape(num_sequences, sequence_length)
-        return self._windows[key]
-
     def document_hashes(self, split: str, domain_index: int) -> NDArray[np.uint64]:
-        """Sorted hashes (uint64) of a domain's documents in a split."""
-        return np.fromfile(self._file(split, domain_index, "documents"), dtype="<u8")
+        """Hashes (uint64) of a domain's documents in a split, in the order of the documents; memory-mapped."""
+        file = self.path / str(self._part(split, domain_index)["documents_file"])
+        return np.memmap(file, dtype="<u8", mode="r")
 
-    def _entries(self, split: str) -> list[Mapping[str, Any]]:
+    def _index(self, domain: str) -> int:
+        if domain not in self.domains:
+            unknown("domain", domain, self.domains)
+        return self.domains.index(domain)
+
+    def _parts(self, split: str) -> list[Mapping[str, Any]]:
+        return [self._part(split, index) for index in range(len(self.domains))]
+
+    def _part(self, split: str, domain_index: int) -> Mapping[str, Any]:
         if split not in SPLITS:
             unknown("split", split, SPLITS)
-        return [entry["splits"][split] for entry in self.record["domains"]]
+        part: Mapping[str, Any] = self.record["domains"][domain_index]["splits"][split]
+        return part
 
-    def _file(self, split: str, domain_index: int, ending: str) -> Path:
-        return self.path / str(self._entries(split)[domain_index][f"{ending}_file"])
+    def _starts(self, split: str, domain_index: int, sequence_length: int) -> NDArray[np.int64]:
+        """Index of every shard's first sequence, and the number of all (number of shards + 1,)."""
+        key = (split, domain_index, sequence_length)
+        if key not in self._bounds:
+            counts = [shard["tokens"] // sequence_length for shard in self._part(split, domain_index)["shards"]]
+            self._bounds[key] = np.cumsum([0, *counts], dtype=np.int64)
+        return self._bounds[key]
 
-    def _map(self, split: str, domain_index: int) -> "np.memmap[Any, Any]":
-        if split not in SPLITS:
-            unknown("split", split, SPLITS)
-        key = (split, domain_index)
-        if key not in self._maps:
-            self._maps[key] = np.memmap(self._file(split, domain_index, "tokens"), dtype=self.dtype, mode="r")
-        return self._maps[key]
+    def _rows(self, shard: Mapping[str, Any], sequence_length: int) -> NDArray[Any]:
+        """Every whole sequence of a shard (n, T), a view of the memory map."""
+        flat = self._map(shard)
+        count = len(flat) // sequence_length
+        return flat[: count * sequence_length].reshape(count, sequence_length)
 
-    def _files(self) -> Iterator[tuple[Path, int, str]]:
-        """Every file of the store with its recorded size in bytes and SHA-256."""
-        tokenizer = self.record["tokenizer"]
-        yield self.path / "tokenizer.json", tokenizer["bytes"], tokenizer["sha256"]
-        for index, entry in enumerate(self.record["domains"]):
-            for split in SPLITS:
-                sizes = entry["splits"][split]
-                num_bytes = sizes["tokens"] * self.dtype.itemsize
-                yield self._file(split, index, "tokens"), num_bytes, sizes["tokens_sha256"]
-                yield self._file(split, index, "documents"), sizes["documents"] * 8, sizes["documents_sha256"]
+    def _map(self, shard: Mapping[str, Any]) -> NDArray[Any]:
+        name = str(shard["file"])
+        if name not in self._maps:
+            with (self.path / name).open("rb") as file:
+                memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            if hasattr(mmap, "MADV_RANDOM"):
+                memory.madvise(mmap.MADV_RANDOM)  # the kernel would read megabytes around every sequence
+            # A plain array: indexing a memmap object costs several times as much.
+            self._maps[name] = np.frombuffer(memory, dtype=self.dtype)
+        return self._maps[name]
 
-    def _check_sizes(self) -> Iterator[tuple[str, int, int]]:
+    def _check(self, *, whole: bool, again: bool = False) -> None:
+        """Compare files and record; `again` trusts what was compared when the store was first opened."""
+        files: list[StoredFile] = list(stored_files(self.path, self.record))
         head = (self.path / "corpus.json").stat()
-        yield str(self.path / "corpus.json"), head.st_size, head.st_mtime_ns
-        for file, size, _ in self._files():
-            if not file.is_file():
-                raise DataError(f"{file}: must exist; the token store is not whole; prepare the corpus again")
-            stat = file.stat()
-            if stat.st_size != size or size == 0:
-                raise DataError(
-                    f"{file}: must hold {size} bytes; it holds {stat.st_size}: the token store was cut short or "
-                    f"edited; copy it again or prepare the corpus again"
-                )
-            yield str(file), stat.st_size, stat.st_mtime_ns
-
-    def _check_content(self) -> None:
-        for file, _, checksum in self._files():
-            if sha256(file) != checksum:
-                raise DataError(
-                    f"{file}: must have SHA-256 {checksum[:12]}…; the token store was edited after it was written; "
-                    f"copy it again or prepare the corpus again"
-                )
+        state = ((str(self.path / "corpus.json"), head.st_size, head.st_mtime_ns), *check_sizes(files))
+        if again or (state in _verified and not whole):
+            return
+        check_edges(files)
+        if whole or sum(file.num_bytes for file in files) <= WHOLE_BYTES:
+            check_content(files)
+            self._check_splits()
         if fingerprint(self.record) != self.fingerprint:
             raise DataError(
                 f"{self.path / 'corpus.json'}: must match its fingerprint {self.fingerprint[:12]}…; domain names or "
                 f"checksums were edited; prepare the corpus again"
             )
-        self._check_disjoint()
+        _verified.add(state)
 
-    def _check_disjoint(self) -> None:
-        """Refuse a document that stands in two splits, in whichever domains."""
-        owners = {split: [self.document_hashes(split, index) for index in range(len(self.domains))] for split in SPLITS}
-        for first, second in (("train", "validation"), ("train", "test"), ("validation", "test")):
-            known = np.concatenate(owners[first])
-            shared = [int(np.isin(hashes, known).sum()) for hashes in owners[second]]
-            if any(shared):
-                guilty = ", ".join(f"{name} ({n})" for name, n in zip(self.domains, shared, strict=True) if n)
-                raise DataError(
-                    f"corpus={self.path}: {first} and {second} must share no document; {sum(shared)} documents of "
-                    f"{second} also stand in {first}, by domain: {guilty}; prepare the corpus again without them"
-                )
+    def _check_splits(self) -> None:
+        indices = range(len(self.domains))
+        hashes = {split: [self.document_hashes(split, index) for index in indices] for split in SPLITS}
+        check_disjoint(self.path, self.domains, hashes)
 
 
 def _reopen(path: str, domains: tuple[str, ...], fingerprint: str) -> TokenStore:

@@ -3,10 +3,6 @@
 import errno
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 
@@ -83,13 +79,15 @@ def test_a_damaged_store_says_what_to_delete(tmp_path):
         prepared(tmp_path, rows())
 
 
-def test_progress_counts_every_document_and_leaves_standard_output_alone(tmp_path, capfd):
+def test_progress_counts_the_bytes_read_and_leaves_standard_output_alone(tmp_path, capfd):
     source = given(tmp_path / "a.jsonl", rows())
     prepare(Preparation(source=source, tokenizer="train:260"), tmp_path / "store", quiet=False)
     out, err = capfd.readouterr()
-    num_chars = sum(len(row["text"]) for row in rows())
     assert out == ""
-    assert f"{num_chars}/{num_chars}" in err
+    assert "reading: 100%" in err
+    assert "tokenising: 100%" in err
+    assert "2.09k/2.09k" in err  # the bytes of a.jsonl
+    assert " tokens/s]" in err
 
 
 def test_a_special_token_spelled_out_is_no_document_end(tmp_path):
@@ -183,7 +181,7 @@ def test_an_out_folder_below_a_file_is_refused(tmp_path):
         prepare(Preparation(source=source), tmp_path / "a.jsonl" / "store")
 
 
-def test_disk_full_leaves_nothing(tmp_path, monkeypatch):
+def test_disk_full_before_the_first_commit_leaves_nothing(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -193,34 +191,45 @@ def test_disk_full_leaves_nothing(tmp_path, monkeypatch):
     assert left(tmp_path) == ["a.jsonl"]
 
 
-SLOW = """
-import sys, time
-from acodm_env.corpus import prepare
-prepare.train_tokenizer = lambda *_: time.sleep(60)
-prepare.prepare(prepare.Preparation(source=prepare.Source(name=sys.argv[1], domain_field="domain")), sys.argv[2])
-"""
+def test_workers_must_be_positive(tmp_path):
+    with pytest.raises(ConfigError, match="workers=0: must be at least 1 process"):
+        prepare("pocket", tmp_path / "store", workers=0)
 
 
-@pytest.mark.timeout(60)
-def test_a_killed_run_leaves_no_store_and_the_next_one_clears_up(tmp_path):
-    source, out = given(tmp_path / "a.jsonl", rows()), tmp_path / "store"
-    theirs = tmp_path / ".store.abcdefgh"
-    theirs.mkdir()
-    (theirs / "mine.txt").write_text("keep")
-    runs = [subprocess.Popen([sys.executable, "-c", SLOW, source.name, str(out)]) for _ in range(2)]
-    try:
-        while len(folders := set(tmp_path.glob(".store.*")) - {theirs}) < 2:
-            assert all(run.poll() is None for run in runs)
-            time.sleep(0.05)
-        time.sleep(0.2)  # until the younger has locked its folder
-        runs[0].send_signal(signal.SIGKILL)
-        runs[0].wait()
-        assert not out.exists()
-        prepare(Preparation(source=source, tokenizer="train:260"), out)
-        assert len([folder for folder in folders if folder.exists()]) == 1  # the live run's
-    finally:
-        for run in runs:
-            run.kill()
-            run.wait()
-    prepare(Preparation(source=source, tokenizer="train:260"), tmp_path / "store")
-    assert (theirs / "mine.txt").exists()
+@pytest.mark.parametrize("size", [0, 6])
+def test_shards_must_hold_whole_tokens(size):
+    with pytest.raises(ConfigError, match=f"shard_bytes={size}: must be a multiple of 4"):
+        Preparation(source=Source(name="pocket"), shard_bytes=size)
+
+
+def test_a_recipe_gives_what_is_not_given(tmp_path):
+    config = command.PrepareConfig(recipe="slimpajama", out="o").preparation()
+    assert config.source == Source(name="cerebras/SlimPajama-627B", domain_field="meta.redpajama_set_name")
+    assert config.validation == Source(
+        name="cerebras/SlimPajama-627B@validation", domain_field="meta.redpajama_set_name"
+    )
+    own = command.PrepareConfig(recipe="slimpajama", source="mine/", domain_field="set", out="o").preparation()
+    assert own.source == Source(name="mine/", domain_field="set")
+    assert own.validation is None
+    pile = command.PrepareConfig(recipe="pile", source="pile/", test="t.jsonl", out="o").preparation()
+    assert pile.test == Source(name="t.jsonl", domain_field="meta.pile_set_name")
+    assert pile.validation is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"recipe": "plie", "source": "a"}, "recipe='plie': must be one of pile, slimpajama; did you mean 'pile'"),
+        ({"recipe": "pile"}, "source=None: must name files"),
+        ({"source": "a", "splits": "0.9,0.1"}, "splits=0.9,0.1: must be three numbers"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        command.PrepareConfig(out="o", **settings).preparation()
+
+
+def test_verify_reads_every_byte(tmp_path, capsys):
+    store = prepared(tmp_path, rows())
+    command.run(command.PrepareConfig(out=str(store.path), verify=True))
+    assert "whole; every checksum agrees" in capsys.readouterr().out

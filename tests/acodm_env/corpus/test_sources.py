@@ -7,7 +7,7 @@ import pytest
 import zstandard
 
 from acodm_env.corpus.prepare import Preparation, prepare
-from acodm_env.corpus.sources import Source, documents
+from acodm_env.corpus.sources import Source
 from acodm_env.errors import DataError
 
 
@@ -41,7 +41,7 @@ def write(path, records):
 
 
 def read(path, **fields):
-    return list(documents(str(path), **({"domain_field": "meta.set"} | fields)))
+    return list(Source(name=str(path), **({"domain_field": "meta.set"} | fields)).open())
 
 
 def test_every_format_gives_the_same_store(tmp_path):
@@ -112,7 +112,7 @@ def test_empty_file_no_files_no_path(tmp_path):
 def test_hub_name_offline_says_what_to_do(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(DataError, match=r"HF_HUB_OFFLINE.*download the data elsewhere"):
-        read("owner/name")
+        list(Source(name="owner/name").open())
 
 
 def test_a_file_without_records_is_named(tmp_path):

@@ -1,11 +1,15 @@
 """Stores that are whole, cut short, edited, or not disjoint."""
 
+import hashlib
 import pickle
 import shutil
 
 import numpy as np
 import pytest
 
+from acodm_env.corpus import integrity, shards, tokens
+from acodm_env.corpus.prepare import Preparation, prepare
+from acodm_env.corpus.sources import Source
 from acodm_env.corpus.tokens import TokenStore, fingerprint, token_dtype
 from acodm_env.errors import ConfigError, DataError
 from acodm_env.files import read_json, sha256, write_json
@@ -16,7 +20,135 @@ def copy(tiny_corpus, tmp_path):
     return shutil.copytree(tiny_corpus, tmp_path / "store")
 
 
-def test_windows_are_the_flat_tokens(tiny_store):
+@pytest.fixture
+def sharded(tiny_corpus, tmp_path):
+    """The tiny corpus in shards of 1,000 tokens, and as it is."""
+    whole = TokenStore.open(tiny_corpus)
+    record = whole.record["preparation"]
+    source = Source(**record["source"])
+    preparation = Preparation(source=source, splits=tuple(record["splits"]), tokenizer="train:300", shard_bytes=2_000)
+    return prepare(preparation, tmp_path / "sharded"), whole
+
+
+def test_shards_are_cut_exactly_and_join_to_the_stream(sharded):
+    store, whole = sharded
+    for index, domain in enumerate(store.domains):
+        for split in ("train", "validation", "test"):
+            shards = store.record["domains"][index]["splits"][split]["shards"]
+            assert {shard["tokens"] for shard in shards[:-1]} <= {1_000}
+            assert 0 < shards[-1]["tokens"] <= 1_000
+            assert (store.tokens(domain, split) == whole.tokens(domain, split)).all()
+            assert not store.tokens(domain, split).flags.writeable
+    assert len(store.record["domains"][0]["splits"]["train"]["shards"]) > 5
+
+
+@pytest.mark.parametrize("length", [1, 32, 64, 300, 1_000])
+def test_sequences_of_many_shards_are_those_of_each_in_turn(sharded, length):
+    store, whole = sharded
+    for index, domain in enumerate(store.domains):
+        flat = whole.tokens(domain, "train")
+        shards = [flat[start : start + 1_000] for start in range(0, len(flat), 1_000)]
+        slow = [shard[i : i + length] for shard in shards for i in range(0, len(shard) - length + 1, length)]
+        assert store.num_sequences("train", length)[index] == len(slow)
+        indices = np.random.default_rng(0).integers(len(slow), size=40)
+        rows = store.sequences("train", index, indices, length)
+        assert rows.dtype == np.int64
+        assert (rows == np.stack([slow[i] for i in indices])).all()
+        assert store.sequences("train", index, indices[:0], length).shape == (0, length)
+        with pytest.raises(IndexError):
+            store.sequences("train", index, np.array([0, len(slow)]), length)
+
+
+def test_a_sequence_longer_than_every_shard_is_refused(sharded):
+    with pytest.raises(DataError, match=r"one sequence of 1001 tokens in the train split; it holds 1000"):
+        sharded[0].num_sequences("train", 1_001)
+
+
+def test_a_domains_digest_is_that_of_its_train_tokens_and_the_tokenizer(sharded):
+    store, whole = sharded
+    digests = [whole.domain_digest(name) for name in whole.domains]
+    assert len(set(digests)) == 3
+    assert whole.subset(("verbs",)).domain_digest("verbs") == digests[2]
+    assert store.domain_digest("verbs") != digests[2]  # other shards hold other sequences
+    sums = "\0".join(
+        [
+            whole.record["tokenizer"]["sha256"],
+            whole.record["domains"][0]["splits"]["train"]["shards"][0]["sha256"],
+        ]
+    )
+    assert digests[0] == hashlib.sha256(sums.encode()).hexdigest()
+    with pytest.raises(ConfigError, match=r"domain='verb'.*did you mean 'verbs'"):
+        whole.domain_digest("verb")
+
+
+def test_a_missing_shard_is_named_with_its_domain(copy):
+    file = next((copy / "train").glob("*letters*.bin"))
+    file.unlink()
+    with pytest.raises(DataError, match=rf"{file.name}: must exist.*domain 'letters', train is missing; copy it from"):
+        TokenStore.open(copy)
+
+
+def flip(file, position):
+    content = bytearray(file.read_bytes())
+    content[position] ^= 1
+    file.write_bytes(content)
+
+
+def test_of_a_large_store_opening_compares_the_edges_and_verifying_all(copy, monkeypatch):
+    monkeypatch.setattr(tokens, "WHOLE_BYTES", 0)
+    monkeypatch.setattr("acodm_env.corpus.shards.edges_sha256.__defaults__", (8,))
+    record = read_json(copy / "corpus.json")
+    for entry in record["domains"]:
+        for split in entry["splits"].values():
+            for shard in split["shards"]:
+                shard["edges_sha256"] = shards.edges_sha256(copy / shard["file"])
+    write_json(copy / "corpus.json", record)
+    TokenStore.open(copy).verify()
+    file = copy / record["domains"][1]["splits"]["train"]["shards"][0]["file"]
+    middle = file.stat().st_size // 2
+    flip(file, middle)
+    store = TokenStore.open(copy)
+    with pytest.raises(DataError, match=rf"{file.name}: must have SHA-256.*domain 'numbers', train was edited"):
+        store.verify()
+    flip(file, middle)
+    flip(file, -1)
+    with pytest.raises(DataError, match=rf"{file.name}: must have SHA-256"):
+        TokenStore.open(copy)
+
+
+def test_the_edges_of_a_short_file_are_all_of_it(tmp_path):
+    for size in (0, 5, 8, 11, 16, 40):
+        content = bytes(range(size))
+        (tmp_path / "file").write_bytes(content)
+        assert shards.edges_sha256(tmp_path / "file", 8) == hashlib.sha256(content[:8] + content[8:][-8:]).hexdigest()
+
+
+def test_an_older_format_is_refused(copy):
+    record = read_json(copy / "corpus.json")
+    write_json(copy / "corpus.json", record | {"format_version": 1})
+    with pytest.raises(DataError, match=r"must be of format version 2; .*prepare it again"):
+        TokenStore.open(copy)
+
+
+def test_a_shard_struck_from_the_record_is_noticed(copy):
+    record = read_json(copy / "corpus.json")
+    record["domains"][0]["splits"]["train"]["shards"].pop()
+    write_json(copy / "corpus.json", record)
+    with pytest.raises(DataError, match=r"shards of domain 'letters', train do not hold"):
+        TokenStore.open(copy)
+
+
+def test_shared_documents_are_counted_in_slices(monkeypatch, tmp_path):
+    monkeypatch.setattr(integrity, "_SLICE", 3)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        own = rng.integers(40, size=10).astype(np.uint64)
+        others = [rng.integers(40, size=size).astype(np.uint64) for size in (7, 1, 0)]
+        expected = int(np.isin(own, np.concatenate(others)).sum())
+        assert integrity._num_shared(own, others) == expected
+
+
+def test_sequences_are_the_flat_tokens(tiny_store):
     flat = tiny_store.tokens("letters", "train")
     index = tiny_store.domains.index("letters")
     rows = tiny_store.sequences("train", index, np.array([0, 2]), 32)
