@@ -10,6 +10,7 @@ Two architectures share the folder's format: "dense" (here), for the domains it 
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from acodm_env.interaction import InteractionConfig
 from acodm_env.mixture import ActionMap, Bounds
 from acodm_env.observation import FIELDS, Observer
 from acodm_env.trainer import Array, Mixer, RunInfo, StepStats, merge
+from acodm_env.window import load_window, window_state
 
 FORMAT_VERSION = 1
 LAYER_NORM_EPSILON = 1e-5
@@ -219,7 +221,7 @@ class Policy:
             if name not in FIELDS:
                 raise PolicyError(f"fields: this version of the package has no field '{name}'; export it again")
             self._check_size(name, size, info)
-            if "gram" in FIELDS[name].needs and self.gradients != info.gradients:
+            if "gram" in FIELDS[name].needs and _quantity(self.gradients) != _quantity(info.gradients):
                 raise PolicyError(
                     f"fields: '{name}' was learned with gradients measured as [{self.gradients}], this run measures "
                     f"[{info.gradients}]; use the same settings, or learn without the gradient fields"
@@ -240,6 +242,11 @@ class Policy:
                 f"fields: '{name}' has {FIELDS[name].size(info)} entries here, {size} in the policy; "
                 f"use the lag and layer depths it learned on (lag={self.lag})"
             )
+
+
+def _quantity(gradients: str) -> str:
+    """What is measured, whether whole or through a projection, which keeps inner products in expectation."""
+    return re.sub(r"sketch=\S+ ?", "", gradients)
 
 
 def _affine(hidden: NDArray[np.float32], weight: NDArray[np.float32], bias: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -328,16 +335,16 @@ class PolicyMixer(Mixer):
         return {"clipped_frac": self.observer.clipped_frac}
 
     def state_dict(self) -> dict[str, Any]:
-        """Observer and mixture; only whole decisions can be saved.
+        """Observer, mixture, and the steps since the last decision.
 
         Raises:
-            ValueError: called between two decisions.
+            ValueError: called between two decisions, with gradients that cannot be saved.
         """
-        if self._window is not None:
-            raise ValueError("a policy's state can be saved at a decision only, not inside a window")
-        return {"observer": self.observer.state_dict(), "weights": self._weights.copy()}
+        state = {"observer": self.observer.state_dict(), "weights": self._weights.copy()}
+        return state if self._window is None else state | {"window": window_state(self._window)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`'s value."""
         self.observer.load_state_dict(state["observer"])
         self._weights = np.array(state["weights"], dtype=np.float64)
+        self._window = load_window(state.get("window"))

@@ -136,6 +136,8 @@ class StepStats:
     """Passes over each domain since the start of the run, as a fraction."""
     drawn: Array
     """Sequences drawn per domain since the start of the run."""
+    decision: int = -1
+    """Which mixture was in effect: steps before the one that it was given for; −1: a uniform one, given by nobody."""
     mixture_age: float = 0.0
     """Optimiser steps between the decision of the mixture and its use."""
     pending: Array | None = None
@@ -158,7 +160,16 @@ class StepStats:
     """L2 norm of the whole gradient before clipping."""
     lr: float = float("nan")
     diverged: bool = False
-    """The loss or the gradient is not finite; the step was not applied."""
+    """The loss or the gradient is not finite; the step was not applied, and the run ends."""
+    skipped: int = 0
+    """Steps that were not applied for the same reason, although the run goes on."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Wall clock by part: "data", "train" (forward, backward, update) and "probe" (per-domain measurements)."""
+
+    @property
+    def guilty(self) -> NDArray[np.bool_]:
+        """(K,) domains that were drawn and whose loss is not finite."""
+        return (self.counts > 0) & ~np.isfinite(self.losses)
 
     @property
     def effective(self) -> Array:
@@ -192,9 +203,18 @@ def merge(first: StepStats, second: StepStats) -> StepStats:
         excess_losses=None
         if first.excess_losses is None or second.excess_losses is None
         else mean(first.excess_losses, second.excess_losses),
-        loss=weight * first.loss + (1 - weight) * second.loss,
+        loss=second.loss
+        if weight == 0
+        else first.loss
+        if weight == 1
+        else weight * first.loss + (1 - weight) * second.loss,
         gradients=first.gradients + second.gradients if both else None,  # type: ignore[operator]
         diverged=first.diverged or second.diverged,
+        skipped=first.skipped + second.skipped,
+        seconds={
+            part: first.seconds.get(part, 0.0) + second.seconds.get(part, 0.0)
+            for part in {**first.seconds, **second.seconds}
+        },
     )
 
 
@@ -326,6 +346,10 @@ class Lagged:
     def __post_init__(self) -> None:
         if self.lag < 0:
             raise ConfigError(f"lag={self.lag}: must be 0 or more optimiser steps")
+        if self.inner.info.lag:
+            raise ConfigError(
+                f"lag={self.lag}: the trainer has one of {self.inner.info.lag} by prefetching; give one of them"
+            )
         self.info = replace(self.inner.info, lag=self.lag)
         self.provides = self.inner.provides
 
@@ -355,7 +379,8 @@ class Lagged:
         self._queue.append(np.array(weights))  # a copy: the caller may change its array
         stats = self.inner.step(self._queue.popleft(), loss_weights)
         pending = np.stack(self._queue, axis=-2) if self.lag else None  # (…, lag, K)
-        return replace(stats, mixture_age=float(self.lag), pending=pending)
+        decision = max(-1, stats.decision - self.lag)
+        return replace(stats, decision=decision, mixture_age=float(self.lag), pending=pending)
 
     def evaluate(self, split: str) -> Array:
         """The inner trainer's held-out losses (M,)."""

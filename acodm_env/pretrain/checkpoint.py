@@ -1,4 +1,9 @@
-"""Torch state as numpy arrays and JSON values, which `files.write_state` writes without pickling, and back."""
+"""Torch state as numpy arrays and JSON values, which `files.write_state` writes without pickling, and back.
+
+A state is whole: what several processes hold parts of is put together for it, array by array on process 0, and handed
+out again in the same way. So a checkpoint fits any number of processes, and no process but 0 holds more than one array
+of it at a time.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,15 +11,26 @@ from typing import Any
 import numpy as np
 import torch
 
+from acodm_env.errors import DataError
+from acodm_env.pretrain.ranks import Ranks
+from acodm_env.pretrain.wrapping import whole
+from acodm_env.trainer import Array
 
-def to_numpy(value: Any) -> Any:
-    """Copy every tensor of a nested state into a numpy array."""
+
+def to_numpy(value: Any, *, keep: bool = True) -> Any:
+    """Copy every tensor of a nested state into a numpy array.
+
+    Args:
+        value: the same on all processes, but for tensors of which each holds a part.
+        keep: False takes part in putting tensors together, and leaves the copies to others.
+    """
     if isinstance(value, torch.Tensor):
-        return value.detach().cpu().numpy().copy()
+        joined = whole(value.detach())
+        return joined.cpu().numpy().copy() if keep else None
     if isinstance(value, Mapping):
-        return {str(key): to_numpy(child) for key, child in value.items()}
+        return {str(key): to_numpy(child, keep=keep) for key, child in value.items()}
     if isinstance(value, list | tuple):
-        return [to_numpy(child) for child in value]
+        return [to_numpy(child, keep=keep) for child in value]
     return value
 
 
@@ -27,6 +43,55 @@ def to_torch(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [to_torch(child) for child in value]
     return value
+
+
+def hand_out(array: Array | None, like: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """Process 0's array as a tensor on `like`'s device; if it has `like`'s shape, divided as that is."""
+    tensor = torch.from_numpy(ranks.broadcast_array(array).copy()).to(like.device)
+    divided: Any = like
+    if not hasattr(like, "device_mesh") or tensor.shape != like.shape:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, divided.device_mesh, divided.placements, src_data_rank=None)
+
+
+@torch.no_grad()
+def load_model(model: torch.nn.Module, state: Mapping[str, Any], ranks: Ranks) -> None:
+    """Fill `model`, on all processes, with process 0's arrays.
+
+    Raises:
+        DataError: they are another model's.
+    """
+    own = model.state_dict()
+    if ranks.rank == 0:
+        theirs = {name: tuple(array.shape) for name, array in state.items()}
+        ours = {name: tuple(tensor.shape) for name, tensor in own.items()}
+        if theirs != ours:
+            name = min(name for name in theirs | ours if theirs.get(name) != ours.get(name))
+            raise DataError(
+                f"checkpoint: '{name}' has shape {theirs.get(name)}, the model's has {ours.get(name)}; it is another "
+                f"model's; use the one that it was made with"
+            )
+    for name, tensor in own.items():
+        tensor.copy_(hand_out(state.get(name), tensor, ranks))
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], ranks: Ranks) -> None:
+    """Put process 0's state, as `Optimizer.state_dict` numbers it, into the optimiser of all processes."""
+    outline = None
+    if ranks.rank == 0:
+        groups = [{key: value for key, value in group.items() if key != "params"} for group in state["param_groups"]]
+        outline = {"groups": groups, "state": {key: sorted(entry) for key, entry in state["state"].items()}}
+    outline = ranks.broadcast_value(outline)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    optimizer.state.clear()
+    for key, names in outline["state"].items():
+        parameter = parameters[int(key)]
+        arrays = state["state"][key] if ranks.rank == 0 else {}
+        optimizer.state[parameter] = {name: hand_out(arrays.get(name), parameter, ranks) for name in names}
+    for group, saved in zip(optimizer.param_groups, outline["groups"], strict=True):
+        group.update(saved)
 
 
 def int_keys(state: dict[str, Any]) -> dict[str, Any]:

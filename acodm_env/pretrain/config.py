@@ -9,6 +9,8 @@ from acodm_env.errors import ConfigError, unknown
 
 SCHEDULES = ("cosine", "constant")
 PRECISIONS = ("auto", "fp32", "bf16")
+PARALLEL = ("auto", "ddp", "fsdp")
+NONFINITE = ("stop", "skip")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +24,13 @@ class LMConfig:
     decision_every: int = 5
     """Optimiser steps between two decisions."""
     batch_size: int = 16
-    """Sequences per step."""
+    """Sequences per step, of all processes and micro-batches together."""
     sequence_length: int = 128
     """Tokens per sequence."""
+    accumulation: int = 1
+    """Micro-batches per step: the same gradient in as many times less memory."""
+    prefetch: int = 0
+    """Batches that a background thread builds ahead; a mixture takes effect as many steps late."""
     learning_rate: float = 3e-3
     """Peak learning rate of AdamW."""
     schedule: str = "cosine"
@@ -44,29 +50,65 @@ class LMConfig:
     probe_depths: tuple[float, ...] | None = None
     """Relative depths of the probed MLP outputs; None is up to three in the deep half."""
     sketch_size: int | None = None
-    """Side of the random projection of each probed gradient; None keeps them whole."""
+    """Side of the random projection of each probed gradient; None keeps them whole on one uncompiled process."""
     precondition: bool = False
     """Measure gradients as Adam sees them, ⟨P^½ g_i, P^½ g_j⟩."""
     device: str = "auto"
     """"auto", "cpu", "cuda" or "cuda:N"."""
     precision: str = "auto"
     """"auto" (bf16 autocast on a CUDA device that has it), "fp32" or "bf16"."""
+    gradient_checkpointing: bool = False
+    """Compute the blocks' activations again in the backward pass instead of keeping them."""
+    compile: bool = False
+    """Compile the model, by `torch.compile`."""
+    compile_backend: str = "inductor"
+    """Backend of `torch.compile`; "inductor" needs a C++ compiler on a CPU."""
+    parallel: str = "auto"
+    """How several processes share the model: "ddp" (a copy each), "fsdp" (a part each), "auto": as launched."""
+    on_nonfinite: str = "stop"
+    """When a loss or gradient is not finite: "stop" the run, or "skip" the step's update."""
 
     def __post_init__(self) -> None:
-        for name in ("horizon", "decision_every", "batch_size", "eval_sequences"):
+        for name in ("horizon", "decision_every", "batch_size", "eval_sequences", "accumulation"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.prefetch < 0:
+            raise ConfigError(f"prefetch={self.prefetch}: must be 0 or more batches")
         if self.sequence_length < 2:
             raise ConfigError(f"sequence_length={self.sequence_length}: must be at least 2 tokens")
         for name in ("learning_rate", "clip_norm"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be positive")
-        if self.schedule not in SCHEDULES:
-            unknown("schedule", self.schedule, SCHEDULES)
-        if self.precision not in PRECISIONS:
-            unknown("precision", self.precision, PRECISIONS)
+        choices = (
+            ("schedule", SCHEDULES),
+            ("precision", PRECISIONS),
+            ("parallel", PARALLEL),
+            ("on_nonfinite", NONFINITE),
+        )
+        for name, allowed in choices:
+            if getattr(self, name) not in allowed:
+                unknown(name, getattr(self, name), allowed)
         if self.precondition and self.sketch_size is not None:
             raise ConfigError("precondition=True: needs whole gradients; leave sketch_size at None")
+        if self.precondition and self.compile:
+            raise ConfigError(
+                "precondition=True: needs whole gradients, whose recording would be compiled anew for every batch; "
+                "leave compile at False"
+            )
+
+    def local_batch(self, world: int) -> int:
+        """Sequences per micro-batch of one process of `world`.
+
+        Raises:
+            ConfigError: the batch cannot be divided.
+        """
+        parts = world * self.accumulation
+        if self.batch_size % parts:
+            raise ConfigError(
+                f"batch_size={self.batch_size}: must be divisible by {parts}, {world} processes × accumulation="
+                f"{self.accumulation}; it is the whole batch's size; take {max(1, self.batch_size // parts) * parts}"
+            )
+        return self.batch_size // parts
 
     def lr_at(self, step: int) -> float:
         """Learning rate of the optimiser step `step` (from 0)."""

@@ -19,33 +19,28 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
 from acodm_env.errors import ConfigError
+from acodm_env.pretrain.sketches import Sketcher
+from acodm_env.pretrain.slices import Recorder, root_preconditioner
 from acodm_env.trainer import Array
 
 _CHUNK = 1 << 14  # columns of the sums turned to float64 at a time: what fits into a core's cache
 
 
-def order_rows(domains: NDArray[np.int64], previous_draws: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def order_rows(domains: NDArray[np.int64], nth: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Sort a batch's rows by (domain, half): the j-th sequence ever drawn from a domain is in its half j % 2.
 
     Args:
         domains: domain index of every row (B,), in any order.
-        previous_draws: sequences drawn per domain (K,) before this batch.
+        nth: sequences drawn from the row's domain before it (B,), on whichever process.
 
     Returns:
-        The permutation of rows (B,), and the rows per group (K, 2).
+        The permutation of rows (B,), and the group 2·domain + half of every row so sorted (B,), ascending.
     """
-    num_domains = len(previous_draws)
-    order = np.argsort(domains, kind="stable")
-    counts = np.bincount(domains, minlength=num_domains)  # (K,)
-    nth = np.arange(len(domains)) - np.repeat(np.cumsum(counts) - counts, counts)  # (B,) rank within its domain
-    by_domain = domains[order]
-    group = 2 * by_domain + (nth + previous_draws.astype(np.int64)[by_domain]) % 2  # (B,)
-    sizes = np.bincount(group, minlength=2 * num_domains).reshape(num_domains, 2)
-    return order[np.argsort(group, kind="stable")], sizes
+    group = 2 * domains + nth % 2  # (B,)
+    order = np.argsort(group, kind="stable")
+    return order, group[order]
 
 
 class _Buffers:
@@ -94,6 +89,14 @@ class DomainGradients:
         self.sums.mul_(torch.from_numpy(scale).to(self.sums)[:, None, None])
         return DomainGradients(self.sums, np.where(scale[:, None] > 0, self.tokens, 0.0), self.buffers)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The sums as numpy arrays."""
+        return {"sums": self.sums.cpu().numpy().copy(), "tokens": self.tokens.copy()}
+
+    def restored(self, state: dict[str, Any]) -> "DomainGradients":
+        """What `state_dict` gave, on this one's device."""
+        return DomainGradients(torch.from_numpy(state["sums"]).to(self.sums), np.array(state["tokens"]), self.buffers)
+
     def gram(self) -> tuple[Array, Array]:
         """Gram matrix H (K, K) of the domains' mean gradients, and their noise power ‖g_i‖² − H_ii (K,).
 
@@ -121,92 +124,6 @@ class DomainGradients:
             products += total @ total.T
             across += (wide[:, 0] * wide[:, -1]).sum(1)
         return products.cpu().numpy(), across.cpu().numpy() if num_halves == 2 else None
-
-
-class _Recorder:
-    """Where one layer's slices go during a backward pass."""
-
-    def __init__(self, module: nn.Module, signs: tuple[torch.Tensor, torch.Tensor] | None):
-        self.module = module
-        self.transposed = not isinstance(module, nn.Linear)  # Conv1D keeps its weight as (in, out)
-        self.weight: torch.Tensor = module.weight  # type: ignore[assignment]
-        self.signs = signs  # ±1 (out, r) and (in, r)
-        self.rows: tuple[int, ...] = ()  # per group; empty while not recording
-        self.slices: torch.Tensor | None = None  # (groups, *shape), a view into the probe's buffer
-        self.filled = False
-        self.own_forward: Callable[..., torch.Tensor] | None = None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Of one group's slice."""
-        if self.signs is not None:
-            return self.signs[0].shape[1], self.signs[1].shape[1]
-        return self.weight.shape[0], self.weight.shape[1]
-
-    def record(self, g: torch.Tensor, x: torch.Tensor, rows: tuple[int, ...]) -> torch.Tensor:
-        """Add one pass's slices to the buffer; return the weight's gradient, shaped as the weight.
-
-        Args:
-            g: gradient of the output (N, out), rows ordered by group.
-            x: input (N, in).
-            rows: sequences per group.
-        """
-        assert self.slices is not None
-        out = torch.empty_like(self.slices) if self.filled else self.slices
-        left, right = (x, g) if self.transposed else (g, x)
-        if self.signs is None:
-            gradient = _group_products(left, right, rows, out).sum(0)
-        else:
-            gradient = left.T @ right
-            signs_out, signs_in = (matrix.to(g) for matrix in self.signs)
-            _group_products(g @ signs_out, x @ signs_in, rows, out).div_(signs_in.shape[1])
-        if self.filled:
-            self.slices += out
-        self.filled = True
-        return gradient
-
-
-def _group_products(a: torch.Tensor, b: torch.Tensor, rows: tuple[int, ...], out: torch.Tensor) -> torch.Tensor:
-    """aᵀ b over every group's tokens into `out` (groups, a, b), float32; a group without rows is zero.
-
-    A half-precision product is rounded once per group; the groups are summed in float32.
-    """
-    tokens_per_row = len(a) // max(sum(rows), 1)
-    start = 0
-    for group, count in enumerate(rows):
-        stop = start + count * tokens_per_row
-        if count == 0:
-            out[group].zero_()
-        elif a.dtype == torch.float32:
-            torch.mm(a[start:stop].T, b[start:stop], out=out[group])
-        else:
-            out[group] = a[start:stop].T @ b[start:stop]
-        start = stop
-    return out
-
-
-class _ProbedLinear(torch.autograd.Function):
-    """A linear layer whose backward pass also records the per-group weight gradients."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, recorder: _Recorder
-    ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.recorder, ctx.rows, ctx.has_bias = recorder, recorder.rows, bias is not None
-        return functional.linear(x, weight.T if recorder.transposed else weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        as_used = weight.to(grad.dtype)  # autocast may have computed in half precision
-        grad_x = grad @ (as_used.T if ctx.recorder.transposed else as_used) if ctx.needs_input_grad[0] else None
-        g = grad.reshape(-1, grad.shape[-1])  # (N, out)
-        rows = x.reshape(-1, x.shape[-1]).to(grad.dtype)  # (N, in)
-        grad_weight = ctx.recorder.record(g, rows, ctx.rows).to(weight.dtype)
-        grad_bias = g.sum(0).to(weight.dtype) if ctx.has_bias else None
-        return None if grad_x is None else grad_x.to(x.dtype), grad_weight, grad_bias, None
 
 
 class GradientProbe:
@@ -243,50 +160,60 @@ class GradientProbe:
         if sketch_size is not None and sketch_size < 1:
             raise ConfigError(f"sketch_size={sketch_size}: must be at least 1, or None for whole gradients")
         self.num_domains, self.halves, self.sketch_size = num_domains, halves, sketch_size
+        self._num_groups = num_domains * (1 + halves)
         generator = torch.Generator().manual_seed(seed)
-        self._recorders = []
         for name, module in layers:
             if not isinstance(module, nn.Linear) and type(module).__name__ != "Conv1D":
                 raise ConfigError(f"layers={name}: must be nn.Linear or Conv1D; it is {type(module).__name__}")
-            signs = None if sketch_size is None else _random_signs(module, sketch_size, generator)
-            self._recorders.append(_Recorder(module, signs))
+        modules = [module for _, module in layers]
+        self._recorders = [Recorder(module) for module in modules] if sketch_size is None else []
+        self._sketchers = (
+            []
+            if sketch_size is None
+            else [Sketcher(module, sketch_size, self._num_groups, generator) for module in modules]
+        )
         self._buffers = _Buffers()
-        self._buffer: torch.Tensor | None = None  # (groups, P) while a window is being recorded
+        self._buffer: torch.Tensor | None = None  # (groups, P) while a window of whole slices is being recorded
+
+    @property
+    def _layers(self) -> Sequence[Recorder | Sketcher]:
+        return self._recorders or self._sketchers
 
     def attach(self) -> None:
         """Swap the layers' `forward`."""
         self.detach()
-        for recorder in self._recorders:
-            recorder.own_forward = recorder.module.__dict__.get("forward")
-            recorder.module.forward = _RecordingForward(recorder, recorder.module.forward)
+        for layer in self._layers:
+            layer.module.forward = _RecordingForward(layer, layer.module.forward, layer.module.__dict__.get("forward"))
 
     def detach(self) -> None:
         """Put the layers' own `forward` back."""
-        for recorder in self._recorders:
-            if isinstance(recorder.module.__dict__.get("forward"), _RecordingForward):
-                del recorder.module.forward
-                if recorder.own_forward is not None:
-                    recorder.module.forward = recorder.own_forward
+        for layer in self._layers:
+            swapped = layer.module.__dict__.get("forward")
+            if isinstance(swapped, _RecordingForward):
+                del layer.module.forward
+                if swapped.own is not None:
+                    layer.module.forward = swapped.own
 
-    def begin(self, group_sizes: NDArray[np.int64]) -> None:
-        """Record the coming forward and backward pass; the batch's rows must be ordered as `order_rows` says.
+    def begin(self, groups: NDArray[np.int64]) -> None:
+        """Record the coming forward and backward pass, of one micro-batch.
 
         Args:
-            group_sizes: rows per group (K, 2).
+            groups: of the rows (B,), ascending: what `order_rows` gives, or a part of it.
         """
-        if self._buffer is None:
+        if self._recorders and self._buffer is None:
             self._allocate()
-        rows = tuple(np.ravel(group_sizes if self.halves else group_sizes.sum(1)).tolist())
-        for recorder in self._recorders:
-            recorder.rows = rows
+        groups = groups if self.halves else groups // 2
+        assert (np.diff(groups) >= 0).all(), "rows must be sorted by group"
+        rows = tuple(np.bincount(groups, minlength=self._num_groups).tolist())
+        for layer in self._layers:
+            layer.begin(rows, groups)
 
     def _allocate(self) -> None:
         """One buffer for all layers, which `collect` hands over."""
-        num_groups = self.num_domains * (1 + self.halves)
-        sizes = [rows * columns for rows, columns in (recorder.shape for recorder in self._recorders)]
-        self._buffer = self._buffers.take((num_groups, sum(sizes)), self._recorders[0].weight.device)
+        sizes = [recorder.weight.numel() for recorder in self._recorders]
+        self._buffer = self._buffers.take((self._num_groups, sum(sizes)), self._recorders[0].weight.device)
         for recorder, part in zip(self._recorders, torch.split(self._buffer, sizes, dim=1), strict=True):
-            recorder.slices, recorder.filled = part.view(num_groups, *recorder.shape), False
+            recorder.slices, recorder.filled = part.view(self._num_groups, *recorder.weight.shape), False
 
     def collect(
         self, tokens: NDArray[Any], normaliser: float, precondition: torch.optim.Optimizer | None = None
@@ -294,7 +221,8 @@ class GradientProbe:
         """Stop recording and hand over the sums of token-loss gradients since the last `collect`.
 
         Args:
-            tokens: predicted tokens per group (K, 2), over all backward passes recorded.
+            tokens: predicted tokens per group (K, 2), over all backward passes recorded; where processes share a
+                batch, over all of theirs, and the sums are to be added up over them.
             normaliser: by what the loss divided its sum over tokens.
             precondition: an Adam whose second moment, as it is now, scales the gradients: ⟨P^½ g_i, P^½ g_j⟩ with
                 P = 1/(√v̂ + ε). Call before its step; before the first one there is none, and P = 1.
@@ -302,54 +230,53 @@ class GradientProbe:
         Raises:
             ConfigError: preconditioning of sketched gradients, or by something else than Adam.
         """
-        if self._buffer is None or not all(recorder.filled for recorder in self._recorders):
-            raise RuntimeError("collect() needs a recorded backward pass: call begin() before the forward pass")
-        sums = self._buffer.mul_(normaliser)
-        for recorder in self._recorders:
-            if precondition is not None:
-                if recorder.signs is not None:
-                    raise ConfigError("precondition=True: needs whole gradients; leave sketch_size at None")
-                assert recorder.slices is not None
-                recorder.slices *= _root_preconditioner(precondition, recorder.weight)
-            recorder.slices, recorder.rows = None, ()
-        self._buffer = None
+        if precondition is not None and self._sketchers:
+            raise ConfigError("precondition=True: needs whole gradients; leave sketch_size at None")
+        sums = (self._sketches() if self._sketchers else self._slices(precondition)).mul_(normaliser)
         counts = np.asarray(tokens, dtype=np.float64)
         counts = counts if self.halves else counts.sum(1, keepdims=True)
         return DomainGradients(sums.view(self.num_domains, 1 + self.halves, -1), counts, self._buffers)
+
+    def _slices(self, precondition: torch.optim.Optimizer | None) -> torch.Tensor:
+        """Whole gradients (groups, P)."""
+        buffer = self._buffer
+        if buffer is None or not all(recorder.filled for recorder in self._recorders):
+            raise _nothing_recorded()
+        for recorder in self._recorders:
+            if precondition is not None:
+                assert recorder.slices is not None
+                recorder.slices *= root_preconditioner(precondition, recorder.weight)
+            recorder.slices, recorder.rows = None, ()
+        self._buffer = None
+        return buffer
+
+    def _sketches(self) -> torch.Tensor:
+        """Projected gradients (groups, P)."""
+        parts = []
+        for sketcher in self._sketchers:
+            if not sketcher.recording or sketcher.slices.grad is None:
+                raise _nothing_recorded()
+            parts.append(sketcher.slices.grad.flatten(1))
+            sketcher.slices.grad, sketcher.recording = None, False
+        return torch.cat(parts, dim=1)
+
+
+def _nothing_recorded() -> RuntimeError:
+    return RuntimeError("collect() needs a recorded backward pass: call begin() before the forward pass")
 
 
 class _RecordingForward:
     """The `forward` of a probed layer."""
 
-    def __init__(self, recorder: _Recorder, plain: Callable[..., torch.Tensor]):
-        self.recorder, self.plain = recorder, plain
+    def __init__(
+        self,
+        layer: Recorder | Sketcher,
+        plain: Callable[..., torch.Tensor],
+        own: Callable[..., torch.Tensor] | None,
+    ):
+        self.layer, self.plain, self.own = layer, plain, own
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        recorder = self.recorder
-        if not recorder.rows or not torch.is_grad_enabled():
-            return self.plain(x)
-        apply: Any = _ProbedLinear.apply
-        probed: torch.Tensor = apply(x, recorder.module.weight, recorder.module.bias, recorder)
-        return probed
-
-
-def _random_signs(module: nn.Module, size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """±1 matrices (out, r) and (in, r), exact in half precision; the scale 1/r is applied to the slices."""
-    weight = module.weight
-    assert isinstance(weight, torch.Tensor)
-    widths = weight.shape if isinstance(module, nn.Linear) else weight.shape[::-1]
-    left, right = (torch.randint(0, 2, (width, size), generator=generator).mul_(2).sub_(1) for width in widths)
-    return left.to(weight.device, torch.float32), right.to(weight.device, torch.float32)
-
-
-def _root_preconditioner(optimizer: torch.optim.Optimizer, weight: torch.Tensor) -> torch.Tensor | float:
-    """P^½ of Adam for one weight; 1 before its first step."""
-    state = optimizer.state.get(weight)
-    if not state:
-        return 1.0
-    if "exp_avg_sq" not in state:
-        raise ConfigError(f"precondition=True: needs Adam or AdamW; {type(optimizer).__name__} has no second moment")
-    group = next(g for g in optimizer.param_groups if any(p is weight for p in g["params"]))
-    second_moment = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
-    root: torch.Tensor = (second_moment.sqrt() + group["eps"]).rsqrt()
-    return root
+        if self.layer.recording and torch.is_grad_enabled():
+            return self.layer.forward(x)
+        return self.plain(x)

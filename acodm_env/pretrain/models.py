@@ -176,6 +176,12 @@ def mlp_outputs(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return found
 
 
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks of the model's longest stack, from first to last; empty where there is none."""
+    stacks = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return max(stacks, key=len, default=[])
+
+
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 

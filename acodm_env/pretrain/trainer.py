@@ -1,12 +1,12 @@
 """`LMTrainer`: one optimiser step of a causal language model on a batch composed by a mixture.
 
 The same class serves as the environment's proxy (plain torch, many resets in one process) and as the target
-(`accelerate.Accelerator`, which prepares model and optimiser only: its loader would fetch batches ahead of the
-mixture, its scheduler would advance once per process).
+(`accelerate.Accelerator`, on any number of processes). A step is a number of micro-batches; what is measured by
+domain is summed over them and over the processes, each of which has its own rows of one global batch.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,20 +15,29 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from acodm_env.corpus.sampler import Batch, MixtureSampler, heldout
+from acodm_env.corpus.loader import Loader
+from acodm_env.corpus.sampler import Batch, MixtureSampler
 from acodm_env.corpus.tokens import TokenStore
-from acodm_env.errors import ConfigError, unknown
-from acodm_env.pretrain.checkpoint import int_keys, to_numpy, to_torch
+from acodm_env.errors import ConfigError
+from acodm_env.pretrain.checkpoint import hand_out, load_model, load_optimizer, to_numpy, to_torch
 from acodm_env.pretrain.config import LMConfig, resolve_device
+from acodm_env.pretrain.evaluation import HeldOut, parse_objective
 from acodm_env.pretrain.gradients import DomainGradients, GradientProbe, order_rows
+from acodm_env.pretrain.measurement import Measured, StepRecord, halves, skipped
 from acodm_env.pretrain.models import build_model, flops_per_token, model_config, observed_layers, probed_layers
+from acodm_env.pretrain.ranks import Ranks
+from acodm_env.pretrain.wrapping import Wrapping, compiled, is_divided, target_accelerator, whole, wrap
 from acodm_env.trainer import Array, RunInfo, StepStats
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+__all__ = ["LMTrainer", "target_accelerator"]
+
 OBSERVED_DEPTHS = (0.0, 0.5, 1.0)
 PROVIDES = frozenset({"losses", "gram", "layers", "validation", "loss_weights"})
+EXCHANGED_BYTES = 1 << 20
+"""Most bytes of per-domain gradients that processes exchange in a step, unless `sketch_size` says otherwise."""
 
 
 class LMTrainer:
@@ -56,29 +65,35 @@ class LMTrainer:
                 token, so that excess losses can be measured.
 
         Raises:
-            ConfigError: an unknown preset, device or target; an objective without a positive weight.
+            ConfigError: an unknown preset, device or target; an objective without a positive weight; a batch that
+                cannot be divided among processes and micro-batches.
             DataError: a domain has fewer tokens than one sequence.
         """
         self.config = config
         self.store = store
-        names, weights = _objective(objective, heldout_store or store)
-        self._targets = (heldout_store or store).subset(names)
+        names, weights = parse_objective(objective, heldout_store or store)
         self._reference_state = reference
         self._reference: torch.nn.Module | None = None
         self.provides = PROVIDES | {"excess"} if reference is not None else PROVIDES
         self.accelerator = accelerator
+        self.ranks = Ranks.of(accelerator)
+        self.local_batch = config.local_batch(self.ranks.world)
         self.measure: frozenset[str] = frozenset({"losses"})
         self.device = accelerator.device if accelerator else resolve_device(config.device)
         model_config(config.model)  # refuse an unknown model before anything is built
+        if is_divided(config, accelerator) and config.precondition:
+            raise ConfigError("precondition=True: needs whole gradients; FSDP has none; use parallel=ddp")
         bf16_here = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
         self.bf16 = config.precision == "bf16" or (config.precision == "auto" and bf16_here)
+        self._cross_entropy = compiled(_cross_entropy, config, self.device)
         store.num_sequences("train", config.sequence_length)
-        held_out = [self._targets.num_sequences(split, config.sequence_length) for split in ("validation", "test")]
+        self._held_out = HeldOut((heldout_store or store).subset(names), config, self.ranks)
+        self._loader: Loader | None = None
         self.info = RunInfo(
             domains=store.domains,
             targets=names,
             objective=weights,
-            eval_tokens=sum(min(size, config.eval_sequences) for size in held_out[0]) * config.sequence_length,
+            eval_tokens=self._held_out.num_tokens,
             sizes_tokens=store.sizes_tokens("train"),
             batch_size=config.batch_size,
             sequence_length=config.sequence_length,
@@ -86,45 +101,44 @@ class LMTrainer:
             decision_every=config.decision_every,
             initial_loss_nats=math.log(store.vocab_size),
             num_layers=len(OBSERVED_DEPTHS),
+            lag=config.prefetch,
             corpus_fingerprint=store.fingerprint,
-            gradients=f"depths={config.probe_depths} sketch={config.sketch_size} precondition={config.precondition}",
+            gradients=f"depths={config.probe_depths} precondition={config.precondition}",
         )
-        self._heldout: dict[str, Batch] = {}
         self.steps_done = 0
 
     def reset(self, rng: np.random.Generator) -> None:
-        """Fresh model, optimiser and data order, from two seeds drawn from `rng`."""
+        """Fresh model, optimiser and data order, from two seeds drawn from `rng`; the same on all processes."""
         model_seed, data_seed = (int(seed) for seed in rng.integers(2**62, size=2))
         config = self.config
         model = build_model(config.model, self.store.vocab_size, config.sequence_length, model_seed)
-        model.to(self.device).train()
-        self.bare_model = model
+        flops = flops_per_token(model, config.sequence_length)
         if self._reference_state is not None:
             self._reference = self._frozen_copy(model_seed)
-        optimizer = torch.optim.AdamW(
-            _decay_groups(model, config.weight_decay),
-            lr=config.learning_rate,
-            betas=(config.beta1, config.beta2),
-            fused=True,
-        )
-        if self.accelerator is not None:
-            self.accelerator.free_memory()
-            model, optimizer = self.accelerator.prepare(model, optimizer)
-        self.model, self.optimizer = model, optimizer
+        self.wrapping: Wrapping = wrap(model, config, self.accelerator, self.device)
+        self.model, self.bare_model = self.wrapping.model, self.wrapping.bare
+        self.optimizer = self.wrapping.optimizer
+        self.close()
         self.sampler = MixtureSampler(self.store, "train", config.batch_size, config.sequence_length, seed=data_seed)
+        self._loader = Loader(self.sampler, rank=self.ranks.rank, world=self.ranks.world, prefetch=config.prefetch)
         self._probe: GradientProbe | None = None
         self._observed = observed_layers(self.bare_model, OBSERVED_DEPTHS)
         self._snapshot = [layer.detach().clone() for layer in self._observed]
         self.info = replace(
             self.info,
             seed=data_seed,
-            initial_layer_norms=tuple(_rms(layer) for layer in self._snapshot),
-            flops_per_token=flops_per_token(self.bare_model, config.sequence_length),
+            initial_layer_norms=tuple(_rms(self._snapshot).tolist()),
+            flops_per_token=flops,
         )
         self.steps_done = 0
 
+    def close(self) -> None:
+        """End the background thread, if there is one."""
+        if self._loader is not None:
+            self._loader.close()
+
     def _frozen_copy(self, seed: int) -> torch.nn.Module:
-        """The reference model, for inference only."""
+        """The reference model, for inference only; a whole one on every process."""
         config = self.config
         model = build_model(config.model, self.store.vocab_size, config.sequence_length, seed)
         model.load_state_dict(to_torch(self._reference_state))
@@ -140,202 +154,206 @@ class LMTrainer:
         Raises:
             ConfigError: the weights are no mixture.
         """
-        drawn_before = self.sampler.drawn.copy()
-        batch = self.sampler.draw(weights)
-        groups: np.ndarray | None = None
+        assert self._loader is not None, "call reset() first"
+        factors = None if loss_weights is None else np.asarray(loss_weights, dtype=np.float64)
+        record = StepRecord(self.info.num_domains)
+        with record.timed("data"):
+            batch = self._loader.draw(weights)
+        groups: NDArray[np.int64] | None = None
         if "gram" in self.measure:
-            order, groups = order_rows(batch.domains, drawn_before)
-            batch = Batch(tokens=batch.tokens[order], domains=batch.domains[order], counts=batch.counts)
-            self._attached_probe().begin(groups)
-        token_losses = self._token_losses(self.model, batch)  # (B, T-1)
-        row_losses = token_losses.sum(1)  # (B,)
-        loss = self._backward(row_losses, batch, loss_weights)
-        gradients = self._collect(groups, loss_weights)
-        stats = self._finish(weights, batch, row_losses.detach(), loss, gradients)
-        return replace(
-            stats,
-            loss_weights=None if loss_weights is None else np.asarray(loss_weights, dtype=np.float64),
-            excess_losses=self._excess(token_losses.detach(), batch) if "excess" in self.measure else None,
-        )
+            order, groups = order_rows(batch.domains, batch.nth)
+            batch = batch.rows(order)
+        self.optimizer.zero_grad(set_to_none=True)
+        for index in range(self.config.accumulation):
+            part = slice(index, None, self.config.accumulation)  # rows stay sorted by group
+            last = index == self.config.accumulation - 1
+            self._micro_batch(record, batch.rows(part), None if groups is None else groups[part], factors, last)
+        with record.timed("probe"):
+            gradients = None if groups is None else self._collect(batch, factors)
+        with record.timed("train"):
+            grad_norm = self.wrapping.clip(self.config.clip_norm)
+            measured = record.reduce(grad_norm, batch.counts, self.ranks)
+            applied = math.isfinite(measured.loss) and math.isfinite(measured.grad_norm)
+            if applied:
+                for group in self.optimizer.param_groups:
+                    group["lr"] = self.config.lr_at(self.steps_done)
+                self.optimizer.step()
+        stats = replace(self._stats(batch, measured, record, applied), gradients=gradients, loss_weights=factors)
+        if applied:
+            return stats
+        return skipped(stats) if self.config.on_nonfinite == "skip" else replace(stats, diverged=True)
 
-    def _token_losses(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        """Losses (B, T-1) in nats, float32, on the device."""
-        tokens = torch.from_numpy(batch.tokens).to(self.device)  # (B, T)
+    def _micro_batch(
+        self,
+        record: StepRecord,
+        batch: Batch,
+        groups: NDArray[np.int64] | None,
+        factors: Array | None,
+        last: bool,
+    ) -> None:
+        """Forward and backward pass of a part of this process's rows.
+
+        The gradient is that of the mean token loss of the process's rows; averaged over processes, of the batch.
+        """
+        with record.timed("train"), self.wrapping.micro_batch(last=last):
+            if groups is not None:
+                self._attached_probe().begin(groups)
+            token_losses = self._token_losses(self.model, batch.tokens)  # (B, T-1)
+            row_losses = token_losses.sum(1)  # (B,)
+            objective = row_losses.sum() / self._local_tokens
+            record.add(batch.domains, objective.detach(), row_losses.detach().double() / token_losses.shape[1])
+            if factors is not None:
+                by_row = torch.from_numpy(factors[batch.domains]).to(row_losses)  # (B,)
+                objective = (by_row * row_losses).sum() / self._local_tokens
+            objective.backward()  # type: ignore[no-untyped-call]
+        if "excess" in self.measure:
+            with record.timed("probe"):
+                record.add_excess(self._excess(token_losses.detach(), batch))
+
+    @property
+    def _local_tokens(self) -> int:
+        """Predicted tokens of one process in a step."""
+        return self.local_batch * self.config.accumulation * (self.config.sequence_length - 1)
+
+    def _token_losses(self, model: torch.nn.Module, rows: NDArray[np.int64]) -> torch.Tensor:
+        """Losses (B, T-1) in nats, float32, of token ids (B, T), on the device."""
+        tokens = torch.from_numpy(rows).to(self.device)  # (B, T)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             logits = model(input_ids=tokens[:, :-1], use_cache=False).logits  # (B, T-1, V)
-        losses = functional.cross_entropy(
-            logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
-        )  # (B·(T-1),)
-        return losses.view(len(tokens), -1)
+        of_tokens = self._cross_entropy if torch.is_grad_enabled() else _cross_entropy
+        losses: torch.Tensor = of_tokens(logits, tokens)
+        return losses
 
     @torch.no_grad()
-    def _excess(self, token_losses: torch.Tensor, batch: Batch) -> Array:
-        """(K,) mean over tokens of max(loss − the reference's, 0): clipped per token, as DoReMi wants it."""
+    def _excess(self, token_losses: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """(B,) mean over tokens of max(loss − the reference's, 0): clipped per token, as DoReMi wants it."""
         assert self._reference is not None
-        rows = (token_losses - self._token_losses(self._reference, batch)).clamp(min=0).mean(1)  # (B,)
-        return _domain_means(rows.double().cpu().numpy(), batch.domains, self.info.num_domains)
+        return (token_losses - self._token_losses(self._reference, batch.tokens)).clamp(min=0).mean(1)
 
-    def _backward(self, row_losses: torch.Tensor, batch: Batch, loss_weights: Array | None) -> torch.Tensor:
-        """Backward pass of the mean token loss, weighted by domain if asked; returns the unweighted mean."""
-        num_tokens = batch.tokens.shape[0] * (batch.tokens.shape[1] - 1)
-        objective = row_losses.sum() / num_tokens
-        loss: torch.Tensor = objective.detach()
-        if loss_weights is not None:
-            factors = torch.from_numpy(np.asarray(loss_weights)[batch.domains]).to(row_losses)  # (B,)
-            objective = (factors * row_losses).sum() / num_tokens
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.accelerator is not None:
-            self.accelerator.backward(objective)
-        else:
-            objective.backward()
-        return loss
-
-    def _finish(
-        self,
-        weights: Array,
-        batch: Batch,
-        row_losses: torch.Tensor,
-        loss: torch.Tensor,
-        gradients: DomainGradients | None,
-    ) -> StepStats:
-        """Clip, update unless the step diverged, and report."""
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm))
-        diverged = not (math.isfinite(float(loss)) and math.isfinite(grad_norm))
+    def _stats(self, batch: Batch, measured: Measured, record: StepRecord, applied: bool) -> StepStats:
+        """Count the step and report it."""
+        assert self._loader is not None
+        age = self.steps_done - batch.decision if batch.decision >= 0 else self.config.prefetch
         lr = self.config.lr_at(self.steps_done)
-        if not diverged:
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.step()
         self.steps_done += 1
-        norms, changes = (None, None) if diverged else self._layers()
-        num_domains, num_predicted = len(batch.counts), batch.tokens.shape[1] - 1
-        row_means = row_losses.double().cpu().numpy() / num_predicted  # (B,)
+        norms, changes = self._layers() if applied else (None, None)
+        counts = batch.counts.astype(np.float64)
         return StepStats(
             step=self.steps_done,
-            tokens=self.steps_done * batch.tokens.size,
-            requested=np.asarray(weights, dtype=np.float64),
-            counts=batch.counts.astype(np.float64),
-            realised=batch.counts / batch.counts.sum(),
-            loss_tokens=batch.counts.astype(np.float64) * num_predicted,
-            losses=_domain_means(row_means, batch.domains, num_domains),
-            epochs=self.sampler.epochs,
-            drawn=self.sampler.drawn.astype(np.float64),
-            gradients=gradients,
+            tokens=self.steps_done * self.config.batch_size * self.config.sequence_length,
+            requested=batch.weights,
+            counts=counts,
+            realised=counts / counts.sum(),
+            loss_tokens=counts * (self.config.sequence_length - 1),
+            losses=measured.losses,
+            excess_losses=measured.excess,
+            epochs=batch.drawn / self.sampler.sizes,
+            drawn=batch.drawn.astype(np.float64),
+            decision=batch.decision,
+            mixture_age=float(age),
+            pending=self._loader.pending if self.config.prefetch else None,
             layer_norms=norms,
             layer_changes=changes,
-            loss=float(loss),
-            grad_norm=grad_norm,
+            loss=measured.loss,
+            grad_norm=measured.grad_norm,
             lr=lr,
-            diverged=diverged,
+            seconds=record.seconds,
         )
 
     def _attached_probe(self) -> GradientProbe:
         if self._probe is None:
-            self._probe = GradientProbe(
-                probed_layers(self.bare_model, self.config.probe_depths),
-                self.info.num_domains,
-                sketch_size=self.config.sketch_size,
-            )
+            layers = probed_layers(self.bare_model, self.config.probe_depths)
+            self._probe = GradientProbe(layers, self.info.num_domains, sketch_size=self._sketch_size(len(layers)))
             self._probe.attach()
         return self._probe
 
-    def _collect(self, groups: np.ndarray | None, loss_weights: Array | None) -> DomainGradients | None:
-        if groups is None or self._probe is None:
-            return None
-        optimizer = self.optimizer if self.config.precondition else None
-        num_predicted = self.config.sequence_length - 1
-        gradients = self._probe.collect(
-            groups * num_predicted, normaliser=groups.sum() * num_predicted, precondition=optimizer
-        )
-        return gradients if loss_weights is None else gradients.unweighted(loss_weights)
+    def _sketch_size(self, num_layers: int) -> int | None:
+        """As configured; otherwise whole gradients where nothing speaks against it, or as large as may be sent."""
+        config = self.config
+        alone = self.ranks.world == 1 and not config.compile  # slices of varying length would be compiled ever anew
+        if config.sketch_size is not None or config.precondition or alone:
+            return config.sketch_size
+        numbers = EXCHANGED_BYTES // (2 * self.info.num_domains * num_layers * 4)
+        return max(1, min(64, math.isqrt(numbers)))
 
+    def _collect(self, batch: Batch, factors: Array | None) -> DomainGradients:
+        """The domains' gradient sums over micro-batches and processes."""
+        assert self._probe is not None
+        gradients = self._probe.collect(
+            halves(batch) * (self.config.sequence_length - 1),
+            normaliser=self._local_tokens,
+            precondition=self.optimizer if self.config.precondition else None,
+        )
+        self.ranks.sum_(gradients.sums)
+        return gradients if factors is None else gradients.unweighted(factors)
+
+    @torch.no_grad()
     def _layers(self) -> tuple[Array | None, Array | None]:
         """RMS of the observed layers and their relative change since the last decision, at decisions only."""
         if "layers" not in self.measure or self.steps_done % self.config.decision_every:
             return None, None
-        norms = np.array([_rms(layer) for layer in self._observed])
-        changes = np.array([_rms(now - old) for now, old in zip(self._observed, self._snapshot, strict=True)])
+        norms = _rms(self._observed)
+        changes = _rms([now - old for now, old in zip(self._observed, self._snapshot, strict=True)])
         self._snapshot = [layer.detach().clone() for layer in self._observed]
         return norms, changes / np.maximum(norms, 1e-12)
 
-    @torch.no_grad()
     def evaluate(self, split: str) -> Array:
         """Mean token losses in nats (M,) on the fixed held-out sequences of `split`."""
-        if split not in self._heldout:
-            length, per_domain = self.config.sequence_length, self.config.eval_sequences
-            tokens, domains = heldout(self._targets, split, length, per_domain, seed=0)
-            self._heldout[split] = Batch(tokens=tokens, domains=domains, counts=np.bincount(domains))
-        batch = self._heldout[split]
-        self.model.eval()
-        size = max(self.config.batch_size, 32)
-        parts = [
-            self._token_losses(
-                self.model, Batch(batch.tokens[i : i + size], batch.domains[i : i + size], batch.counts)
-            ).mean(1)
-            for i in range(0, len(batch.tokens), size)
-        ]
-        self.model.train()
-        return _domain_means(torch.cat(parts).double().cpu().numpy(), batch.domains, len(batch.counts))
+        self.bare_model.eval()
+        losses = self._held_out.losses(split, lambda rows: self._token_losses(self.bare_model, rows))
+        self.bare_model.train()
+        return losses
 
     def state_dict(self) -> dict[str, Any]:
-        """Model, optimiser, sampler and the last decision's layers, as numpy arrays and JSON values."""
+        """Model, optimiser, loader and the last decision's layers, as numpy arrays and JSON values.
+
+        All processes take part; the arrays are on process 0 alone, whole, so that they fit any number of processes.
+        """
+        assert self._loader is not None
+        keep = self.ranks.rank == 0
         return {
             "step": self.steps_done,
             "seed": self.info.seed,
             "initial_layer_norms": list(self.info.initial_layer_norms),
-            "model": to_numpy(self.bare_model.state_dict()),
-            "optimizer": to_numpy(self.optimizer.state_dict()),
-            "sampler": self.sampler.state_dict(),
-            "snapshot": to_numpy(dict(enumerate(self._snapshot))),
+            "model": to_numpy(self.bare_model.state_dict(), keep=keep),
+            "optimizer": to_numpy(self.optimizer.state_dict(), keep=keep),
+            "sampler": self._loader.state_dict(),
+            "snapshot": to_numpy(dict(enumerate(self._snapshot)), keep=keep),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on exactly from `state_dict`'s value; call after a `reset` with any generator."""
-        self.steps_done = int(state["step"])
-        self.bare_model.load_state_dict(to_torch(state["model"]))
-        self.optimizer.load_state_dict(int_keys(to_torch(state["optimizer"])))
-        self.sampler.load_state_dict(state["sampler"])
-        self._snapshot = [torch.from_numpy(array).to(self.device) for array in state["snapshot"].values()]
-        self.info = replace(self.info, seed=int(state["seed"]), initial_layer_norms=tuple(state["initial_layer_norms"]))
+    def load_state_dict(self, state: Mapping[str, Any], adapt: bool = False) -> None:
+        """Go on exactly from `state_dict`'s value; call after a `reset` with any generator.
+
+        Args:
+            state: of any number of processes; all of them take part, and process 0's value counts.
+            adapt: let the domains differ, see `Loader.load_state_dict`.
+
+        Raises:
+            DataError: the state belongs to another corpus or model.
+        """
+        assert self._loader is not None
+        small = ("step", "seed", "initial_layer_norms", "sampler")
+        head = self.ranks.broadcast_value({name: state[name] for name in small} if self.ranks.rank == 0 else None)
+        self._loader.load_state_dict(head["sampler"], adapt)
+        load_model(self.bare_model, state.get("model", {}), self.ranks)
+        load_optimizer(self.optimizer, state.get("optimizer", {}), self.ranks)
+        arrays = list(state["snapshot"].values()) if self.ranks.rank == 0 else [None] * len(self._observed)
+        self._snapshot = [
+            hand_out(array, layer, self.ranks) for array, layer in zip(arrays, self._observed, strict=True)
+        ]
+        self.steps_done = int(head["step"])
+        self.info = replace(self.info, seed=int(head["seed"]), initial_layer_norms=tuple(head["initial_layer_norms"]))
 
 
-def _objective(objective: Mapping[str, float] | None, store: TokenStore) -> tuple[tuple[str, ...], tuple[float, ...]]:
-    """Names and normalised weights of the held-out targets; no weights where all count the same."""
-    if not objective:
-        return store.domains, ()
-    for name, weight in objective.items():
-        if name not in store.domains:
-            unknown("objective.<target>", name, store.domains)
-        if not (math.isfinite(weight) and weight >= 0):
-            raise ConfigError(f"objective.{name}={weight}: must be a finite weight of at least 0")
-    total = sum(objective.values())
-    if total <= 0:
-        raise ConfigError(f"objective={dict(objective)}: must have a positive weight; all are 0")
-    return tuple(objective), tuple(weight / total for weight in objective.values())
+def _cross_entropy(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Losses (B, T-1) in nats, float32, of logits (B, T-1, V) of any precision for token ids (B, T)."""
+    losses = functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+    return losses.view(len(tokens), -1)
 
 
-def _domain_means(rows: Array, domains: NDArray[np.int64], num_domains: int) -> Array:
-    """Mean (K,) of `rows` (B,) by domain; NaN where there is none. All rows hold equally many tokens."""
-    counts = np.bincount(domains, minlength=num_domains)
-    sums = np.bincount(domains, rows, minlength=num_domains)
-    means: Array = np.divide(sums, counts, out=np.full(num_domains, np.nan), where=counts > 0)
-    return means
-
-
-def _decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-
-
-def _rms(tensor: torch.Tensor) -> float:
-    return float(tensor.detach().float().square().mean().sqrt())
-
-
-def target_accelerator(device: str) -> "Accelerator":
-    """The process's Accelerator for a target run on `device`; autocast is ours, so it adds no precision of its own."""
-    from accelerate import Accelerator
-
-    if resolve_device(device).index is not None:
-        raise ConfigError(f"device={device}: a target run takes the first visible device; set CUDA_VISIBLE_DEVICES")
-    return Accelerator(cpu=resolve_device(device).type == "cpu", mixed_precision="no")
+@torch.no_grad()
+def _rms(tensors: Sequence[torch.Tensor]) -> Array:
+    """Root mean square of each tensor, one transfer for all."""
+    squares = [whole(tensor.detach().float().square().mean()) for tensor in tensors]
+    values: Array = torch.stack(squares).sqrt().double().cpu().numpy()
+    return values

@@ -331,6 +331,15 @@ def test_gradients_measured_otherwise_are_refused():
         make_policy(gradients="exact").check_fits(toy(4).info)
 
 
+def test_whole_and_sketched_gradients_are_the_same_quantity():
+    """Policies of earlier versions recorded the sketch; its inner products are right in expectation."""
+    info = replace(toy(4).info, gradients="depths=None precondition=False")
+    for sketch in ("", "sketch=None ", "sketch=64 "):
+        make_policy(gradients=f"depths=None {sketch}precondition=False").check_fits(info)
+    with pytest.raises(PolicyError, match="precondition=True"):
+        make_policy(gradients="depths=None sketch=None precondition=True").check_fits(info)
+
+
 @pytest.mark.parametrize("width", [1, 7, 12, 6 * 4])
 def test_observation_of_no_number_of_domains_is_refused(width):
     with pytest.raises(PolicyError, match="are not 6 per domain, for 2 domains or more, and 1 for the run"):

@@ -223,27 +223,32 @@ def test_policy_sees_in_a_target_run_what_the_environment_showed(trainer):
     np.testing.assert_array_equal(requested[::3], from_env)
 
 
-def test_resumed_mixer_equals_the_uninterrupted_one(trainer):
-    policy = make_policy(trainer.info, ("loss", "interaction", "progress"))
+@pytest.mark.parametrize(
+    ("cut", "fields"),
+    [(6, ("loss", "interaction", "progress")), (7, ("loss", "progress")), (8, ("loss", "progress"))],
+    ids=["at a decision", "a step after it", "two steps after it"],
+)
+def test_resumed_mixer_equals_the_uninterrupted_one(trainer, cut, fields):
+    policy = make_policy(trainer.info, fields)
     whole = PolicyMixer(policy)
     whole.start(trainer.info)
     expected = [stats.requested for stats in drive(trainer, whole, 12)]
     trainer.reset(np.random.default_rng(0))
     first = PolicyMixer(policy)
     first.start(trainer.info)
-    got = [stats.requested for stats in drive(trainer, first, 6)]
+    got = [stats.requested for stats in drive(trainer, first, cut)]
     second = PolicyMixer(policy)
     second.start(trainer.info)
     second.load_state_dict(first.state_dict())
-    got += [stats.requested for stats in drive(trainer, second, 6)]
+    got += [stats.requested for stats in drive(trainer, second, 12 - cut)]
     np.testing.assert_array_equal(got, expected)
 
 
-def test_state_inside_a_window_cannot_be_saved(trainer):
-    mixer = PolicyMixer(make_policy(trainer.info))
+def test_gradients_of_an_unknown_kind_cannot_be_saved_inside_a_window(trainer):
+    mixer = PolicyMixer(make_policy(trainer.info, ("loss", "interaction")))
     mixer.start(trainer.info)
     list(drive(trainer, mixer, 2))
-    with pytest.raises(ValueError, match="at a decision only"):
+    with pytest.raises(ValueError, match="ToyGradients: cannot be saved between two decisions, only at one"):
         mixer.state_dict()
 
 

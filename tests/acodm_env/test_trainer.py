@@ -172,6 +172,25 @@ def test_merge_of_excess_losses_is_weighted_by_tokens():
     assert np.isnan(merge(undrawn, undrawn).excess_losses[1])
 
 
+def test_seconds_and_skipped_steps_of_a_window_are_summed():
+    first = window([2, 2], [8, 8], [1.0, 1.0], seconds={"data": 0.25, "train": 1.0}, decision=3)
+    second = window([2, 2], [8, 8], [1.0, 1.0], seconds={"train": 2.0, "probe": 0.5}, decision=4, skipped=1)
+    both = merge(first, second)
+    assert both.seconds == {"data": 0.25, "train": 3.0, "probe": 0.5}
+    assert (both.skipped, both.decision) == (1, 4)
+
+
+def test_a_step_without_a_finite_loss_does_not_spoil_its_window():
+    good = window([2, 2], [8, 8], [1.0, 3.0])
+    nothing = replace(good, loss_tokens=np.zeros(2), losses=np.full(2, np.nan), loss=float("nan"), skipped=1)
+    for both in (merge(good, nothing), merge(nothing, good)):
+        assert both.loss == 2.0
+        assert both.losses.tolist() == [1.0, 3.0]
+    assert good.guilty.tolist() == [False, False]
+    assert nothing.guilty.tolist() == [True, True]
+    assert window([4, 0], [8, 0], [np.inf, np.nan]).guilty.tolist() == [True, False]
+
+
 def test_loss_weights_of_a_window_are_the_last_steps():
     first = window([2, 2], [8, 8], [1.0, 1.0], loss_weights=np.array([1.0, 1.0]))
     second = window([2, 2], [8, 8], [1.0, 1.0], loss_weights=np.array([1.5, 0.5]))

@@ -8,81 +8,23 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from gradient_reference import (
+    LENGTH,
+    assert_near,
+    draw_batch,
+    halves_of,
+    make_model,
+    probed_step,
+    separate_passes,
+    token_losses,
+)
 from torch import nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
-from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from acodm_env.errors import ConfigError
 from acodm_env.pretrain.gradients import DomainGradients, GradientProbe, order_rows
-from acodm_env.pretrain.models import build_model, probed_layers
-
-VOCAB, LENGTH = 31, 9
-
-
-def make_model(kind):
-    if kind == "gpt-neox":
-        return build_model("tiny", VOCAB, LENGTH, seed=1)
-    config = GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=VOCAB, n_positions=LENGTH, bos_token_id=0)
-    config.eos_token_id, config.embd_pdrop, config.resid_pdrop, config.attn_pdrop = 0, 0.0, 0.0, 0.0
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(1)
-        return GPT2LMHeadModel(config)
-
-
-def draw_batch(num_domains, batch_size=24, seed=0, interleaved=True):
-    """Tokens (B, T) and domains (B,); the last of three or more domains is absent."""
-    rng = np.random.default_rng(seed)
-    tokens = torch.from_numpy(rng.integers(VOCAB, size=(batch_size, LENGTH)))
-    domains = rng.integers(max(num_domains - (num_domains > 2), 1), size=batch_size)
-    return tokens, domains if interleaved else np.sort(domains)
-
-
-def token_losses(model, tokens):
-    """(B, T-1)."""
-    logits = model(input_ids=tokens[:, :-1]).logits.float()
-    return functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
-
-
-def halves_of(domains, previous):
-    """Half of each row, counting its domain's sequences one by one."""
-    seen, halves = previous.copy(), []
-    for domain in domains:
-        halves.append(seen[domain] % 2)
-        seen[domain] += 1
-    return np.array(halves)
-
-
-def separate_passes(model, layers, tokens, domains, halves, num_domains):
-    """The slow reference: a backward pass per group; (K, 2, P) sums of token-loss gradients."""
-    weights = [module.weight for _, module in layers]
-    sums = torch.zeros(num_domains, 2, sum(weight.numel() for weight in weights))
-    for domain in range(num_domains):
-        for half in range(2):
-            rows = torch.from_numpy((domains == domain) & (halves == half))
-            if rows.any():
-                gradients = torch.autograd.grad(token_losses(model, tokens[rows]).sum(), weights)
-                sums[domain, half] = torch.cat([gradient.flatten() for gradient in gradients])
-    return sums
-
-
-def probed_step(model, probe, batches, previous, precondition=None):
-    """Forward and backward over micro-batches of (tokens, domains), as a trainer does it; the collected sums."""
-    total_tokens = sum(tokens.shape[0] * (tokens.shape[1] - 1) for tokens, _ in batches)
-    groups = 0
-    for tokens, domains in batches:
-        order, sizes = order_rows(domains, previous)
-        probe.begin(sizes)
-        (token_losses(model, tokens[torch.from_numpy(order)]).sum() / total_tokens).backward()
-        previous = previous + sizes.sum(1)
-        groups = groups + sizes
-    return probe.collect(groups * (LENGTH - 1.0), normaliser=total_tokens, precondition=precondition)
-
-
-def assert_near(actual, expected, relative):
-    """Largest difference over the largest entry."""
-    assert float((actual - expected).abs().max()) <= relative * float(expected.abs().max())
+from acodm_env.pretrain.models import probed_layers
 
 
 @pytest.fixture
@@ -130,7 +72,7 @@ def test_a_layer_by_hand(layer_class):
     model = nn.Sequential(layer)
     probe = GradientProbe([("0", layer)], 2)
     probe.attach()
-    probe.begin(np.array([[1, 1], [1, 1]]))
+    probe.begin(np.arange(4))
     x = torch.tensor([[1.0], [2.0], [3.0], [4.0]], requires_grad=True)
     model(x).mean().backward()
     gradients = probe.collect(np.ones((2, 2)), normaliser=4)
@@ -144,19 +86,10 @@ def test_a_layer_by_hand(layer_class):
 
 
 def test_order_rows_by_hand():
-    order, sizes = order_rows(np.array([1, 0, 1, 1, 0]), np.array([0, 1, 5]))
+    order, groups = order_rows(np.array([1, 0, 1, 1, 0]), np.array([1, 0, 2, 3, 1]))
     # domain 0, none drawn before: row 1 is half 0, row 4 half 1; domain 1, one drawn: rows 0, 2, 3 are halves 1, 0, 1
     assert order.tolist() == [1, 4, 2, 0, 3]
-    assert sizes.tolist() == [[1, 1], [1, 2], [0, 0]]
-
-
-def test_halves_alternate_over_steps():
-    """A domain with one sequence a step fills both halves equally."""
-    previous, total = np.zeros(2), np.zeros((2, 2), dtype=np.int64)
-    for _ in range(6):
-        _, sizes = order_rows(np.array([0, 1, 1, 1]), previous)
-        previous, total = previous + sizes.sum(1), total + sizes
-    assert total.tolist() == [[3, 3], [9, 9]]
+    assert groups.tolist() == [0, 1, 2, 3, 3]
 
 
 def test_without_halves(setup):
@@ -254,46 +187,6 @@ def test_bf16_autocast_is_close_and_accumulates_in_float32(kind):
             assert_near(gradients.sums, expected, 0.03)
 
 
-def test_sketch_is_unbiased_and_small(setup):
-    model, layers = setup
-    tokens, domains = draw_batch(3, batch_size=8)
-    exact = GradientProbe(layers, 3)
-    exact.attach()
-    gram, noise = probed_step(model, exact, [(tokens, domains)], np.zeros(3)).gram()
-    expected, squared_norms = gram[:2, :2], (np.diag(gram) + noise)[:2]
-    exact.detach()
-    ordinary = layers[0][1].weight.grad.clone()
-    grams = []
-    for seed in range(150):
-        probe = GradientProbe(layers, 3, sketch_size=8, seed=seed)
-        probe.attach()
-        model.zero_grad()
-        gradients = probed_step(model, probe, [(tokens, domains)], np.zeros(3))
-        assert gradients.sums.shape == (3, 2, 2 * 8 * 8)
-        assert torch.allclose(layers[0][1].weight.grad, ordinary, atol=1e-7)
-        grams.append(gradients.gram()[0][:2, :2])
-        probe.detach()
-    standard_error = np.std(grams, 0) / np.sqrt(len(grams))
-    assert (np.abs(np.mean(grams, 0) - expected) <= 4 * standard_error).all()
-    assert (standard_error <= 0.1 * squared_norms.max()).all()
-
-
-def test_sketch_is_a_projection_of_the_exact_sums():
-    """Equal seeds project alike: the sketch of a rank-one gradient a bᵀ is (Sᵀa)(bᵀR)/r."""
-    layer = nn.Linear(6, 5, bias=False)
-    x, g = torch.arange(6.0).expand(2, 6), torch.arange(5.0)
-    probe = GradientProbe([("layer", layer)], 1, sketch_size=3, seed=7)
-    probe.attach()
-    probe.begin(np.array([[1, 1]]))
-    (layer(x) @ g).sum().backward()
-    sums = probe.collect(np.ones((1, 2)), normaliser=1).sums
-    generator = torch.Generator().manual_seed(7)
-    left = torch.randint(0, 2, (5, 3), generator=generator) * 2.0 - 1
-    right = torch.randint(0, 2, (6, 3), generator=generator) * 2.0 - 1
-    np.testing.assert_allclose(sums[0, 0].view(3, 3), torch.outer(left.T @ g, right.T @ x[0]) / 3, rtol=1e-6)
-    assert torch.equal(sums[0, 0], sums[0, 1])
-
-
 def test_preconditioning_by_hand():
     """After one Adam step with gradient 2, v̂ = 4 and P^½ = 1/√(2 + ε), whatever β₂."""
     layer = nn.Linear(1, 1, bias=False)
@@ -303,7 +196,7 @@ def test_preconditioning_by_hand():
 
     def collect():
         optimizer.zero_grad()
-        probe.begin(np.array([[1, 1]]))
+        probe.begin(np.arange(2))
         layer(torch.tensor([[1.0], [3.0]])).mean().backward()
         return probe.collect(np.ones((1, 2)), normaliser=2, precondition=optimizer).sums.flatten().tolist()
 
@@ -365,7 +258,7 @@ def test_evaluation_is_not_recorded(setup):
     model, layers = setup
     probe = GradientProbe(layers, 2)
     probe.attach()
-    probe.begin(np.array([[1, 1], [1, 1]]))
+    probe.begin(np.arange(4))
     with torch.no_grad():
         token_losses(model, draw_batch(2)[0])
     with pytest.raises(RuntimeError, match=r"begin\(\)"):

@@ -11,6 +11,7 @@ from transformers import GPT2Config, LlamaConfig, MptConfig, OPTConfig
 from acodm_env.errors import ConfigError, DataError
 from acodm_env.pretrain.models import (
     PRESETS,
+    blocks,
     build_model,
     flops_per_token,
     flops_per_token_of,
@@ -89,6 +90,9 @@ def test_a_config_file_is_fitted_and_its_mlp_outputs_are_found(kind, tmp_path):
     config.save_pretrained(tmp_path)
     model = build_model(str(tmp_path / "config.json"), 40, 12, seed=0)
     assert [name for name, _ in mlp_outputs(model)] == [pattern.format(0), pattern.format(1)]
+    assert [block.get_submodule(pattern.partition("{}.")[2]) for block in blocks(model)] == [
+        module for _, module in mlp_outputs(model)
+    ]
     model.train()
     tokens = torch.arange(12)[None]
     with torch.no_grad():

@@ -209,6 +209,7 @@ class Wrapping:
     """The least of an Accelerator that wraps its model."""
 
     device = torch.device("cpu")
+    process_index, num_processes = 0, 1
 
     def free_memory(self):
         pass
