@@ -19,6 +19,7 @@ from acodm_env.mixture import ActionMap, Bounds
 from acodm_env.observation import Observer
 from acodm_env.reward import Outcome, RewardConfig, compute_terms, objective_weights
 from acodm_env.trainer import Array, Lagged, StepStats, Trainer, merge, require
+from acodm_env.window import load_window, window_state
 
 Observation = NDArray[np.float32]
 
@@ -102,6 +103,7 @@ class MixtureEnv(gym.Env[Observation, NDArray[np.float32]]):
         _check_samples(trainer, self._needs)
         self._uniform_curve: dict[int, float] | None = None
         self._history: list[StepStats] = []
+        self._window: StepStats | None = None  # steps since the last decision
         self._episode_rng: dict[str, Any] | None = None
 
     def reset(
@@ -112,8 +114,8 @@ class MixtureEnv(gym.Env[Observation, NDArray[np.float32]]):
         self._episode_rng = dict(self.np_random.bit_generator.state)
         if self.reward_config.progress_over_uniform and self._uniform_curve is None:
             self._uniform_curve = self._run_uniform()
-        self.trainer.reset(np.random.default_rng(int(self.np_random.integers(2**63))))
-        self._history = []
+        self.trainer.reset(self._run_rng())
+        self._history, self._window = [], None
         observation = self.observer.start(self.trainer.info)
         self._objective_weights = objective_weights(self.reward_config.objective, self.trainer.info)
         self._weights = self._mixture(np.zeros(self.trainer.info.num_domains))
@@ -151,17 +153,22 @@ class MixtureEnv(gym.Env[Observation, NDArray[np.float32]]):
         info = self._info(domain_rewards, diverged=diverged)
         return observation, float(reward), bool(diverged), bool(ended and not diverged), info
 
+    def _run_rng(self) -> np.random.Generator:
+        """The generator of the episode's training run: the first draw after `_episode_rng`."""
+        return np.random.default_rng(int(self.np_random.integers(2**63)))
+
     def _mixture(self, action: Array) -> Array:
         mask = self.observer.mask if self.trainer.info.padding else None
         return self.bounds.project(self.action_map.weights(action, mask), self.observer.epochs)
 
     def _train_window(self) -> StepStats:
-        window: StepStats | None = None
-        for _ in range(self.trainer.info.decision_every):
+        """The steps up to the next decision; those that an interruption left undone, if there was one."""
+        interval, horizon, ended = self.trainer.info.decision_every, self.trainer.info.horizon, False
+        while not ended:
             stats = self.trainer.step(self._weights)
-            window = stats if window is None else merge(window, stats)
-            if window.diverged or window.step >= self.trainer.info.horizon:
-                break
+            self._window = stats if self._window is None else merge(self._window, stats)
+            ended = stats.diverged or stats.step % interval == 0 or stats.step >= horizon
+        window, self._window = self._window, None
         assert window is not None  # decision_every >= 1 is checked by the trainer
         return window
 
@@ -216,6 +223,50 @@ class MixtureEnv(gym.Env[Observation, NDArray[np.float32]]):
         rng = np.random.Generator(np.random.PCG64())
         rng.bit_generator.state = state["rng"]
         self.np_random = rng
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on exactly in mid-episode: trainer, observer, reward and generators.
+
+        It may be taken after `step` was left by an exception of the trainer, between two of its steps: the same action
+        again takes the others. The history of the episode is left out: a picture of a resumed one begins where it was
+        resumed.
+
+        Raises:
+            ConfigError: no episode was started.
+        """
+        if self._episode_rng is None:
+            raise ConfigError("state_dict() was called before reset(): there is no episode to save; call reset() first")
+        last = replace(self._history[-1], seconds={}) if self._history else None  # a state is the same at any speed
+        return {
+            "trainer": self.trainer.state_dict(),
+            "observer": self.observer.state_dict(),
+            "weights": self._weights.copy(),
+            "objective": float(self._objective),
+            "parts": {name: float(value) for name, value in self._last_parts.items()},
+            "uniform_curve": None if self._uniform_curve is None else list(self._uniform_curve.items()),
+            "last": window_state(last),
+            "window": window_state(self._window),
+            "rng": self.np_random.bit_generator.state,
+            "episode_rng": self._episode_rng,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`'s value: the next call is `step`, not `reset`."""
+        self.load_episode_state({"rng": state["episode_rng"]})
+        self.trainer.reset(self._run_rng())  # builds what the state is loaded into
+        self.trainer.load_state_dict(state["trainer"])
+        self.observer.start(self.trainer.info)
+        self.observer.load_state_dict(state["observer"])
+        self._objective_weights = objective_weights(self.reward_config.objective, self.trainer.info)
+        self._weights = np.array(state["weights"], dtype=np.float64)
+        self._objective = float(state["objective"])
+        self._last_parts = dict(state["parts"])
+        curve = state["uniform_curve"]
+        self._uniform_curve = None if curve is None else {int(step): float(value) for step, value in curve}
+        last = load_window(state["last"])
+        self._history, self._window = [] if last is None else [last], load_window(state["window"])
+        self.load_episode_state({"rng": state["rng"]})
+        self._episode_rng = dict(state["episode_rng"])
 
     def render(self) -> Any:
         """The run so far: text bars (`ansi`) or a picture of mixture and losses (`rgb_array`, uint8 (H, W, 3))."""

@@ -1,7 +1,8 @@
 """An agent in a folder, exactly: networks, optimisers, replay, noise, normaliser, counters and every generator.
 
 SB3's own zip holds pickles that execute on load; this is tensors (`torch.load(weights_only=True)`), safetensors and
-JSON. Taken at an episode's end it lets learning go on as if never interrupted, bit for bit.
+JSON. Taken at an episode's end it lets learning go on as if never interrupted, bit for bit. `agent_state` is the same
+as one nested dictionary, for a checkpoint that holds the environment in mid-episode too.
 """
 
 import io
@@ -21,6 +22,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from acodm_env.errors import DataError
 from acodm_env.files import atomic_folder, read_json, read_state, sha256, write_json, write_state
+from acodm_env.pretrain.checkpoint import to_numpy, to_torch
 
 _COUNTERS = (
     "num_timesteps", "_n_updates", "_episode_num", "_total_timesteps", "_current_progress_remaining",
@@ -36,21 +38,10 @@ def save_checkpoint(folder: Path, model: BaseAlgorithm, venv: VecNormalize, extr
 
     Call it between episodes only (the language model inside the environment is not saved).
     """
-    tensors = model.get_parameters() | {name: _attribute(model, name) for name in _variables(model)}
-    state = {
-        "counters": {name: getattr(model, name) for name in _COUNTERS if hasattr(model, name)},
-        "normaliser": _normaliser(venv),
-        "last": _last(model, venv),
-        "replay": _replay(model),
-        "noise": _noise(model),
-        "episodes": [dict(row) for row in model.ep_info_buffer or ()],
-        "environment": venv.env_method("episode_state")[0],
-        "generators": _generators(model),
-        "extra": dict(extra),
-    }
+    state = _run_state(model, venv) | {"environment": venv.env_method("episode_state")[0], "extra": dict(extra)}
     with atomic_folder(folder) as fresh:
         networks = io.BytesIO()  # torch hides "disk full" behind an error of its own
-        torch.save(tensors, networks)
+        torch.save(_tensors(model), networks)
         (fresh / "networks.pt").write_bytes(networks.getvalue())
         write_state(fresh / "state.safetensors", state)
         write_json(fresh / "manifest.json", {p.name: sha256(p) for p in sorted(fresh.iterdir())})
@@ -70,8 +61,7 @@ def load_checkpoint(folder: Path, model: BaseAlgorithm, venv: VecNormalize, *, r
     """
     load_networks(folder, model)
     state = read_state(folder / "state.safetensors")
-    for name, value in state["counters"].items():
-        setattr(model, name, value)
+    _restore_counters(model, state["counters"])
     if resume:
         venv.unwrapped._reset_seeds()  # a seed given at construction would start another episode
         venv.env_method("load_episode_state", state["environment"])
@@ -89,11 +79,54 @@ def load_networks(folder: Path, model: BaseAlgorithm) -> None:
     for name, checksum in read_json(folder / "manifest.json").items():
         if not (folder / name).is_file() or sha256(folder / name) != checksum:
             raise DataError(f"{folder / name}: missing or edited (checksum); use another checkpoint")
-    tensors = torch.load(folder / "networks.pt", weights_only=True)
+    _restore_tensors(model, torch.load(folder / "networks.pt", weights_only=True))
+
+
+def agent_state(model: BaseAlgorithm, venv: VecNormalize) -> dict[str, Any]:
+    """Everything about an agent but its environment, as numpy arrays and JSON values (`files.write_state`)."""
+    return _run_state(model, venv) | {"networks": to_numpy(_tensors(model))}
+
+
+def load_agent_state(model: BaseAlgorithm, venv: VecNormalize, state: Mapping[str, Any]) -> None:
+    """Go on from `agent_state`'s value, the global generators included; the environment must be where it was."""
+    tensors = to_torch(state["networks"])
+    for value in tensors.values():
+        if isinstance(value, dict) and value.keys() == {"state", "param_groups"}:  # an optimiser numbers its parameters
+            value["state"] = {int(key): entry for key, entry in value["state"].items()}  # which JSON makes strings
+    _restore_tensors(model, tensors)
+    _restore_counters(model, state["counters"])
+    _restore_run(model, venv, state)
+    _restore_normaliser(venv, state["normaliser"])
+
+
+def _tensors(model: BaseAlgorithm) -> dict[str, Any]:
+    """State dictionaries of networks and optimisers, and loose tensors, by name."""
+    return model.get_parameters() | {name: _attribute(model, name) for name in _variables(model)}
+
+
+def _restore_tensors(model: BaseAlgorithm, tensors: dict[str, Any]) -> None:
     for name in _variables(model):
         with torch.no_grad():
             _attribute(model, name).copy_(tensors.pop(name))
     model.set_parameters(tensors, exact_match=True)
+
+
+def _run_state(model: BaseAlgorithm, venv: VecNormalize) -> dict[str, Any]:
+    """All of an agent but its tensors."""
+    return {
+        "counters": {name: getattr(model, name) for name in _COUNTERS if hasattr(model, name)},
+        "normaliser": _normaliser(venv),
+        "last": _last(model, venv),
+        "replay": _replay(model),
+        "noise": _noise(model),
+        "episodes": [dict(row) for row in model.ep_info_buffer or ()],
+        "generators": _generators(model),
+    }
+
+
+def _restore_counters(model: BaseAlgorithm, counters: Mapping[str, Any]) -> None:
+    for name, value in counters.items():
+        setattr(model, name, value)
 
 
 def _restore_run(model: BaseAlgorithm, venv: VecNormalize, state: Mapping[str, Any]) -> None:

@@ -101,12 +101,12 @@ def warm_up(
     venv = agent.get_env()
     assert venv is not None
     first = make_mixer(teacher, **dict(options or {})) if isinstance(teacher, str) else teacher
-    _check_teacher(first, venv)
+    check_teacher(first, venv)
     rng = np.random.default_rng(seed)
     mixers = [copy.deepcopy(first) for _ in range(venv.num_envs)]
     observations, actions, errors = _drive(agent, venv, mixers, decisions, noise, rng)
-    before, after = _imitate(agent, observations, actions, actor_steps, learning_rate, rng)
-    critic_before, critic_after = _train_critic(agent, critic_steps)
+    before, after = imitate(agent, observations, actions, actor_steps, learning_rate, rng)
+    critic_before, critic_after = train_critic(agent, critic_steps)
     agent.learning_starts = 0
     report = WarmUp(
         teacher=first.name,
@@ -132,7 +132,12 @@ def _check(decisions: int, actor_steps: int, critic_steps: int, noise: float, le
         raise ConfigError(f"learning_rate={learning_rate}: must be positive")
 
 
-def _check_teacher(mixer: Mixer, venv: VecEnv) -> None:
+def check_teacher(mixer: Mixer, venv: VecEnv) -> None:
+    """Refuse a teacher that the environments cannot show what it needs.
+
+    Raises:
+        ConfigError: which need, and what to do.
+    """
     trainer: Trainer = venv.get_attr("trainer")[0]
     given = KEPT & trainer.measure
     if missing := sorted(mixer.needs - given):
@@ -178,12 +183,12 @@ def _drive(
     if agent._vec_normalize_env is not None:
         agent._last_original_obs = agent._vec_normalize_env.get_original_obs()
     for index, mixer in enumerate(mixers):
-        _start(mixer, venv, index)
+        start_mixer(mixer, venv, index)
     observations: list[NDArray[np.float32]] = []
     actions: list[NDArray[np.float32]] = []
     errors: list[float] = []
     while len(errors) < decisions:
-        inverted = [_invert(mixer, action_map) for mixer, action_map in zip(mixers, maps, strict=True)]
+        inverted = [invert(mixer, action_map) for mixer, action_map in zip(mixers, maps, strict=True)]
         clean = np.array([action for action, _ in inverted])  # (N, K)
         played = np.clip(clean + noise * rng.normal(size=clean.shape), -1, 1).astype(np.float32)  # (N, K)
         observations += list(_current(agent))
@@ -193,18 +198,26 @@ def _drive(
         agent._store_transition(agent.replay_buffer, played, cast(NDArray[Any], new_obs), rewards, dones, infos)
         for index, mixer in enumerate(mixers):
             if dones[index]:
-                _start(mixer, venv, index)
-            elif mixer.dynamic:
-                stats = cast(StepStats, _last_window(venv, index))
-                mixer.update(stats if mixer.due(stats.step) else replace(stats, eval_losses=None))
+                start_mixer(mixer, venv, index)
+            else:
+                show_mixer(mixer, venv, index)
     return np.array(observations), np.array(actions), np.array(errors)
 
 
-def _start(mixer: Mixer, venv: VecEnv, index: int) -> None:
+def start_mixer(mixer: Mixer, venv: VecEnv, index: int) -> None:
+    """Start a teacher on the run of an environment that was just reset."""
     mixer.start(venv.get_attr("trainer", index)[0].info)  # after the reset, which may add to it
 
 
-def _invert(mixer: Mixer, action_map: ActionMap) -> tuple[Array, float]:
+def show_mixer(mixer: Mixer, venv: VecEnv, index: int) -> None:
+    """Show a teacher what the environment's last decision led to."""
+    if mixer.dynamic:
+        stats = cast(StepStats, _last_window(venv, index))
+        mixer.update(stats if mixer.due(stats.step) else replace(stats, eval_losses=None))
+
+
+def invert(mixer: Mixer, action_map: ActionMap) -> tuple[Array, float]:
+    """The teacher's action (K,), and the largest error of a weight where the map cannot express its mixture."""
     weights = mixer.weights()
     return action_map.action(check_weights(weights, len(weights), f"weights of teacher {mixer.name}"))
 
@@ -215,7 +228,7 @@ def _current(agent: OffPolicyAlgorithm) -> NDArray[np.float32]:
     return cast(NDArray[np.float32], agent._last_original_obs if normalised else agent._last_obs)
 
 
-def _imitate(
+def imitate(
     agent: OffPolicyAlgorithm,
     observations: NDArray[np.float32],
     actions: NDArray[np.float32],
@@ -223,7 +236,11 @@ def _imitate(
     learning_rate: float,
     rng: np.random.Generator,
 ) -> tuple[float, float]:
-    """Mean squared error of the deterministic action before and after the regression."""
+    """Regress the actor on actions (D, K) at observations (D, S), not normalised.
+
+    Returns:
+        Mean squared error of the deterministic action before and after.
+    """
     venv = agent._vec_normalize_env
     normalised = observations if venv is None else venv.normalize_obs(observations)
     inputs = torch.as_tensor(np.asarray(normalised), device=agent.device)  # (D, S)
@@ -249,7 +266,7 @@ def _imitate(
         return before, loss(slice(None)).item()
 
 
-def _train_critic(agent: OffPolicyAlgorithm, steps: int) -> tuple[float, float]:
+def train_critic(agent: OffPolicyAlgorithm, steps: int) -> tuple[float, float]:
     """The algorithm's own updates with a frozen actor: mean critic loss over the first tenth, and over the rest."""
     if not hasattr(agent, "_logger"):
         agent._logger = Logger(None, [])  # `learn` makes the proper one

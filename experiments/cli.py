@@ -22,6 +22,7 @@ COMMANDS = {
     "regret": ("RegretConfig", "what agents and baselines recover on surrogates"),
     "gate": ("GateConfig", "judge an exported policy before a target run"),
     "transfer": ("TransferConfig", "train a target under a policy or a baseline"),
+    "cotrain": ("CotrainConfig", "learn an agent in the very run that it drives, without a proxy"),
     "benchmark": ("BenchmarkConfig", "compare mixers over seeds, with intervals and costs"),
     "report": ("ReportConfig", "compare runs on one page that opens in any browser"),
     "mixture": ("MixtureConfig", "print the mixture of a run"),

@@ -301,8 +301,8 @@ def _transfer_command(config: Mapping[str, Any], folder: Path) -> str:
     words = ["acodm", "transfer"]
     for setting in fields(TransferConfig):
         value = config.get(setting.name)
-        if value is None or value == setting.default or setting.name in ("out", "quiet", "reference"):
-            continue
+        if value is None or value == setting.default or setting.name in ("out", "quiet", "reference", "domains"):
+            continue  # of the domains a run keeps all names, whether they were asked for or not
         if setting.name == "policy":
             value = "DIR"
         if isinstance(value, list):

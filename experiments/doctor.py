@@ -47,13 +47,19 @@ def run(config: DoctorConfig) -> None:
 
 
 def device() -> dict[str, str]:
-    """The device that "auto" takes, and its precision."""
+    """The device that "auto" takes, its precision, and the peak that MFU is counted against."""
     import torch
+
+    from acodm_env.experiments.cost import peak_flops
 
     if not torch.cuda.is_available():
         return {"device": f"cpu ({torch.get_num_threads()} threads, float32)"}
     precision = "bf16" if torch.cuda.is_bf16_supported() else "float32"
-    return {"device": f"cuda ({torch.cuda.get_device_name(0)}, {precision})"}
+    name, peak = torch.cuda.get_device_name(0), peak_flops(torch.cuda.get_device_name(0))
+    return {
+        "device": f"cuda ({torch.cuda.device_count()} × {name}, {precision})",
+        "peak": f"{peak / 1e12:g} TFLOP/s in bf16, dense" if peak else "not in the table: runs will have no MFU",
+    }
 
 
 def imports() -> dict[str, str]:

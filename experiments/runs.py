@@ -1,119 +1,65 @@
-"""A run is a folder: what was asked for, what happened at every step, and enough to go on after an interruption.
+"""The run of a trainer under a mixer, logged into a folder, resumed exactly where it was left.
 
-``config.json`` (resolved configuration, versions, commit), ``stats.jsonl`` (a line per optimiser step),
-``eval.jsonl`` (a line per evaluation on the test split), ``checkpoints/``, ``result.json``.
+A step is logged, then evaluated if it is time, then saved if it is time. What was logged after the checkpoint that a
+run goes on from is done again.
 """
 
-import json
-import platform
-import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from acodm_env.errors import ConfigError, DataError
-from acodm_env.files import atomic_file, disk_errors, read_json, read_state, write_json, write_state
+from acodm_env.experiments.checkpoints import Checkpoint, Checkpoints
+from acodm_env.experiments.console import note
+from acodm_env.experiments.override import Steered
+from acodm_env.experiments.run_folder import (
+    RunFolder,
+    check_folder,
+    differences,
+    git_commit,
+    open_run,
+    recorded_config,
+    versions,
+)
+from acodm_env.experiments.signals import Preempted, never
 from acodm_env.trainer import Array, Mixer, StepStats, Trainer, drive
 
-PACKAGES = (
-    "acodm",
-    "gymnasium",
-    "stable-baselines3",
-    "torch",
-    "transformers",
-    "datasets",
-    "accelerate",
-    "numpy",
-)
+__all__ = [
+    "RunFolder",
+    "Saving",
+    "check_folder",
+    "git_commit",
+    "open_run",
+    "recorded_config",
+    "resume",
+    "run_mixer",
+    "versions",
+]
+
+FIXED = ("target", "batch_size", "sequence_length", "seed")
+"""Settings that no run can change on its way: model, shape of a step, order of the data."""
+DECIDING = ("policy", "mixer", "weights", "name", "decision_every", "domains")
+"""Settings with which a mixer begins anew."""
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and the packages that decide a result; absent ones are left out."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+@dataclass(frozen=True, kw_only=True)
+class Saving:
+    """When a run is saved, and from what it goes on."""
 
-
-def git_commit() -> str | None:
-    """Commit of the checkout that this package runs from, if it is one."""
-    here = Path(__file__).resolve().parent
-    try:
-        answer = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True, timeout=10
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return answer.stdout.strip()
-
-
-class RunFolder:
-    """The folder of one run; opening it again with the same configuration resumes it."""
-
-    def __init__(self, path: str | Path, config: Mapping[str, Any]):
-        """Create or re-open.
-
-        Raises:
-            DataError: the folder holds another run, or something that is no run.
-        """
-        self.path = Path(path)
-        self.config = json.loads(json.dumps(config))
-        record = self.path / "config.json"
-        if record.exists():
-            self._check_same(recorded_config(self.path))
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise DataError(f"out={self.path}: already holds other files; choose another folder")
-        else:
-            write_json(record, {"config": self.config, "versions": versions(), "git_commit": git_commit()})
-
-    def _check_same(self, recorded: Mapping[str, Any]) -> None:
-        keys = sorted(recorded.keys() | self.config.keys())
-        changed = [key for key in keys if recorded.get(key) != self.config.get(key)]
-        if changed:
-            first = changed[0]
-            raise DataError(
-                f"out={self.path}: already holds another run ({first}={recorded.get(first)!r} there, "
-                f"{self.config.get(first)!r} now); choose another --out, or the same settings to resume it"
-            )
-
-    @property
-    def result(self) -> dict[str, Any] | None:
-        """`result.json` of a finished run."""
-        file = self.path / "result.json"
-        return read_json(file) if file.exists() else None
-
-    def lines(self, name: str) -> list[dict[str, Any]]:
-        """Records of `stats.jsonl` or `eval.jsonl`; a last line cut short by an interruption is dropped."""
-        file = self.path / name
-        if not file.exists():
-            return []
-        records = []
-        for line in file.read_text().splitlines():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return records
-
-    def append(self, name: str, record: Mapping[str, Any]) -> None:
-        """Append one JSON line."""
-        file = self.path / name
-        with disk_errors(file), file.open("a") as stream:
-            stream.write(json.dumps(record, allow_nan=False) + "\n")
-
-    def rewind(self, step: int) -> None:
-        """Forget what was logged after `step`: the resumed run does it again."""
-        for name in ("stats.jsonl", "eval.jsonl"):
-            kept = [record for record in self.lines(name) if record["step"] <= step]
-            with atomic_file(self.path / name) as file:
-                file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
+    every: int | None = None
+    """Optimiser steps between checkpoints; default: about a tenth of the run, at decisions."""
+    keep: int = 2
+    """Checkpoints that stay."""
+    final: bool = False
+    """Whether the last step is saved too."""
+    adapt: bool = False
+    """Go on although settings, mixer or domains are others than the checkpoint's."""
+    stop: Callable[[], bool] = never
+    """Asked after every step: whether to save and end now."""
 
 
 def run_mixer(
@@ -124,33 +70,148 @@ def run_mixer(
     seed: int,
     evaluations: int,
     on_step: Callable[[StepStats], None] = lambda stats: None,
+    saving: Saving | None = None,
 ) -> None:
     """Train to the horizon under `mixer`, logging into `folder` and resuming where an interruption left off.
 
     Evaluates on the test split at least `evaluations` times, evenly spaced, at the start and at the end; never if 0.
-    A checkpoint is taken at about every tenth of the run.
+
+    Raises:
+        DataError: the checkpoints are another run's or not whole; no space is left, and which checkpoint stays.
+        Preempted: `saving.stop` said so; the run is saved.
     """
+    saving = saving or Saving()
     horizon, interval = trainer.info.horizon, trainer.info.decision_every
     evaluate_every = max(1, horizon // evaluations) if evaluations else 0
-    save_every = interval * max(1, horizon // (10 * interval))
+    save_every = saving.every or interval * max(1, horizon // (10 * interval))
+    checkpoints = Checkpoints(folder.path / "checkpoints", saving.keep)
+    steered = Steered(mixer, folder.path)
     trainer.reset(np.random.default_rng(seed))
-    mixer.start(trainer.info)
-    checkpoint = folder.path / "checkpoints" / "last.safetensors"
-    if checkpoint.exists():
-        state = read_state(checkpoint)
-        trainer.load_state_dict(state["trainer"])
-        mixer.load_state_dict(state["mixer"])
-    folder.rewind(trainer.steps_done)
-    if evaluations and not folder.lines("eval.jsonl"):
-        _log_evaluation(folder, trainer, 0)
-    for stats, seconds in _timed(drive(trainer, mixer, horizon - trainer.steps_done)):
-        folder.append("stats.jsonl", _stats_record(stats, seconds) | mixer.diagnostics())
-        ended = stats.step == horizon or stats.diverged
-        if evaluations and (ended or stats.step % evaluate_every == 0):
-            _log_evaluation(folder, trainer, stats.step)
-        if stats.step % save_every == 0 and stats.step < horizon:
-            write_state(checkpoint, {"trainer": trainer.state_dict(), "mixer": mixer.state_dict()})
+    steered.start(trainer.info)
+    resume(folder, trainer, steered, checkpoints, adapt=saving.adapt)
+    steered.step = trainer.steps_done
+
+    def save() -> Path:
+        folder.sync()
+        state = {"trainer": trainer.state_dict(), "mixer": steered.state_dict()}
+        return checkpoints.write(trainer.steps_done, state, folder.config, world_of(trainer))
+
+    def evaluate_if_due(step: int, *, last: bool = False) -> None:
+        if evaluations and (last or step % evaluate_every == 0 or step == horizon):
+            _log_evaluation(folder, trainer, step)
+
+    done = [record["step"] for record in folder.lines("eval.jsonl")]
+    if trainer.steps_done not in done:
+        evaluate_if_due(trainer.steps_done, last=not done)
+    if trainer.steps_done < horizon and saving.stop():
+        raise Preempted(trainer.steps_done, horizon, checkpoints.last())
+    for stats, seconds in _timed(drive(trainer, steered, horizon - trainer.steps_done)):
+        timing = {"seconds_decision": steered.take_seconds()}
+        _append(folder, checkpoints, _stats_record(stats, seconds) | timing | steered.diagnostics())
         on_step(stats)
+        if stats.skipped or stats.diverged:
+            note(nonfinite(stats, trainer.info.domains, checkpoints.last()))
+        ends = stats.step == horizon or stats.diverged
+        if not ends and saving.stop():  # an evaluation that is due is made by who goes on
+            raise Preempted(stats.step, horizon, save())
+        evaluate_if_due(stats.step, last=ends)
+        if stats.step % save_every == 0 if not ends else saving.final and not stats.diverged:
+            save()
+
+
+def _append(folder: RunFolder, checkpoints: Checkpoints, record: dict[str, Any]) -> None:
+    try:
+        folder.append("stats.jsonl", record)
+    except DataError as error:
+        raise DataError(f"{folder.path / 'stats.jsonl'}: {checkpoints.still_there(error)}") from error
+
+
+def resume(
+    folder: RunFolder, trainer: Trainer, mixer: Mixer, checkpoints: Checkpoints, *, adapt: bool = False
+) -> Checkpoint | None:
+    """Put trainer and mixer where the newest whole checkpoint is, and the logs; says which, and what was skipped.
+
+    Args:
+        folder: of the run, with the settings that it shall go on with.
+        trainer: just reset.
+        mixer: just started.
+        checkpoints: of the run.
+        adapt: let settings differ from the checkpoint's.
+
+    Raises:
+        DataError: they differ, and may not.
+    """
+    found = checkpoints.newest()
+    if found is None:
+        folder.rewind(0)
+        if adapt:
+            folder.adopt(0)
+        return None
+    for reason in found.skipped:
+        note(f"skipped {reason}")
+    changed = differences(found.identity, folder.config)
+    _check_changes(found, changed, adapt, trainer.info.horizon)
+    if changed:
+        trainer.load_state_dict(found.state["trainer"], adapt=True)  # type: ignore[call-arg]
+    else:
+        trainer.load_state_dict(found.state["trainer"])
+    if not changed.keys() & {*DECIDING}:
+        mixer.load_state_dict(found.state["mixer"])
+    folder.rewind(found.step)
+    note(f"resumed from {found.path}: step {found.step} of {trainer.info.horizon}")
+    world = world_of(trainer)
+    if world != found.world:
+        note(
+            f"{world} processes instead of {found.world}: cursors are global, nothing was redistributed; each process "
+            f"takes every {world}th row of a batch"
+        )
+    if changed:
+        _adapted(folder, trainer, mixer, checkpoints, changed)
+    return found
+
+
+def _check_changes(found: Checkpoint, changed: dict[str, list[Any]], adapt: bool, horizon: int) -> None:
+    """Refuse what may not change, and everything else that was not said to."""
+    for name, (there, now) in changed.items():
+        if name in FIXED:
+            raise DataError(f"{found.path}: must be of a run with {name}={now!r}; it is of one with {there!r}")
+        if not adapt:
+            raise DataError(
+                f"{found.path}: must be of a run with {name}={now!r}; it is of one with {there!r}; remove it, or go on "
+                f"from it with these settings by --adapt"
+            )
+    if found.step > horizon:
+        raise ConfigError(f"steps={horizon}: must be at least {found.step}, which the run has done")
+
+
+def _adapted(
+    folder: RunFolder, trainer: Trainer, mixer: Mixer, checkpoints: Checkpoints, changed: dict[str, list[Any]]
+) -> None:
+    """Record that the run goes on with other settings, in its checkpoint as well."""
+    folder.adopt(trainer.steps_done)
+    state = {"trainer": trainer.state_dict(), "mixer": mixer.state_dict()}
+    checkpoints.write(trainer.steps_done, state, folder.config, world_of(trainer))
+    what = ", ".join(f"{name}={now!r} (was {there!r})" for name, (there, now) in changed.items())
+    afresh = "; the mixer begins anew" if changed.keys() & {*DECIDING} else ""
+    note(f"adapted: {what}{afresh}")
+
+
+def nonfinite(stats: StepStats, domains: tuple[str, ...], last: Path | None) -> str:
+    """What to say of a step whose loss or gradient is not finite."""
+    guilty = [name for name, bad in zip(domains, stats.guilty, strict=True) if bad]
+    what = f"the loss of {', '.join(guilty)} is" if guilty else "the gradient is, though no loss,"
+    what = f"step {stats.step}: {what} not finite"
+    if not stats.diverged:
+        return f"{what}; the step was skipped, the run goes on"
+    good = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+    return f"{what}; the step was not applied, and the run ends; {good}"
+
+
+def world_of(trainer: Any) -> int:
+    """How many processes train."""
+    while (inner := getattr(trainer, "inner", None)) is not None:
+        trainer = inner
+    return int(getattr(getattr(trainer, "ranks", None), "world", 1))
 
 
 def _timed(steps: Iterator[StepStats]) -> Iterator[tuple[StepStats, float]]:
@@ -164,8 +225,11 @@ def _timed(steps: Iterator[StepStats]) -> Iterator[tuple[StepStats, float]]:
 
 
 def _log_evaluation(folder: RunFolder, trainer: Trainer, step: int) -> None:
+    started = time.perf_counter()
     losses = trainer.evaluate("test")
-    folder.append("eval.jsonl", {"step": step, "losses": _plain(losses), "targets": list(trainer.info.targets)})
+    seconds = time.perf_counter() - started
+    record = {"step": step, "losses": _plain(losses), "targets": list(trainer.info.targets), "seconds": seconds}
+    folder.append("eval.jsonl", record)
 
 
 def _stats_record(stats: StepStats, seconds: float) -> dict[str, Any]:
@@ -181,36 +245,15 @@ def _stats_record(stats: StepStats, seconds: float) -> dict[str, Any]:
         "loss": _plain(np.array(stats.loss)),
         "grad_norm": _plain(np.array(stats.grad_norm)),
         "lr": _plain(np.array(stats.lr)),
+        "decision": stats.decision,
         "mixture_age": stats.mixture_age,
         "diverged": stats.diverged,
+        "skipped": stats.skipped,
         "seconds": seconds,
+        **{f"seconds_{part}": value for part, value in stats.seconds.items()},
     }
 
 
 def _plain(values: Array) -> Any:
     """Numbers as JSON has them: what is not finite is null."""
     return np.where(np.isfinite(values), values, None).tolist()  # type: ignore[call-overload]
-
-
-def open_run(path: str | Path) -> RunFolder:
-    """An existing run, for reading.
-
-    Raises:
-        ConfigError: there is no run in `path`.
-    """
-    if not (Path(path) / "config.json").exists():
-        raise ConfigError(f"run={path}: must be the folder of a run (it has no config.json)")
-    return RunFolder(path, recorded_config(path))
-
-
-def recorded_config(path: str | Path) -> dict[str, Any]:
-    """The configuration that a run's `config.json` records.
-
-    Raises:
-        DataError: the file is no run's, but a model's, say.
-    """
-    record = read_json(Path(path) / "config.json")
-    if not isinstance(record, dict) or not isinstance(record.get("config"), dict) or "versions" not in record:
-        raise DataError(f"{path}/config.json: is not the record of a run; choose another folder")
-    config: dict[str, Any] = record["config"]
-    return config

@@ -154,7 +154,7 @@ class TrainConfig:
             "episode_steps": self.episode_steps,
             "steps_per_action": self.steps_per_action,
             "fields": self.fields.split(",") if self.fields else None,
-            "reward": _reward(self.reward),
+            "reward": read_reward(self.reward),
             "action": {"scale": self.action_scale, "floor": self.action_floor},
             "lag": self.lag,
             "device": self.device,
@@ -183,7 +183,12 @@ def surrogate_kwargs(text: str, algo: str, conf_file: str | None) -> dict[str, A
     return {**read_settings(algo, SURROGATE, conf_file).get("env_kwargs", {}), **given}
 
 
-def _reward(text: str) -> Any:
+def read_reward(text: str) -> Any:
+    """A term's name, or the settings that a JSON object holds.
+
+    Raises:
+        ConfigError: no valid JSON.
+    """
     return _json("reward", text, "a term's name") if text.lstrip().startswith("{") else text
 
 

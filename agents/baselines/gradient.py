@@ -18,6 +18,7 @@ import numpy as np
 from acodm_env.errors import ConfigError
 from acodm_env.interaction import InteractionConfig, InteractionTracker
 from acodm_env.trainer import Array, Mixer, RunInfo, RunRequest, StepStats, merge
+from acodm_env.window import load_window, window_state
 
 from .doremi import ProxyMean
 from .options import positive
@@ -69,18 +70,18 @@ class _Exponentiated(Mixer):
         """By how much (K,) a window moves z; finite."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that windows changed; only whole windows can be saved.
+        """Everything that windows changed, and the steps since the last decision.
 
         Raises:
-            ValueError: called between two decisions.
+            ValueError: called between two decisions, with gradients that cannot be saved.
         """
-        if self._window is not None:
-            raise ValueError("a gradient mixer's state can be saved at a decision only, not inside a window")
-        return {"logits": self._logits.copy()}
+        state = {"logits": self._logits.copy()}
+        return state if self._window is None else state | {"window": window_state(self._window)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`'s value."""
         self._logits = np.array(state["logits"], dtype=np.float64)
+        self._window = load_window(state.get("window"))
 
 
 def _filled(values: Array) -> Array:

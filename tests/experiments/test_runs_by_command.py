@@ -103,7 +103,8 @@ def test_killed_target_resumes_to_the_same_numbers(tiny_corpus, tmp_path, monkey
             [json.loads(line) for line in (tmp_path / run / name).read_text().splitlines()] for run in ("whole", "cut")
         )
         for line in (*whole, *cut):
-            line.pop("seconds", None)
+            for part in [name for name in line if name.startswith("seconds")]:
+                line.pop(part)
         assert whole == cut
 
 

@@ -1,0 +1,160 @@
+"""What a run cost: tokens, model FLOPs, seconds by purpose, tokens per second, MFU, peak memory.
+
+Everything is summed over the lines of `stats.jsonl` and `eval.jsonl`, so an interrupted run that was resumed counts the
+steps that it kept; what was done twice is not in it. Runs that were logged before seconds were told apart have null
+where nothing was recorded.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from acodm_env.experiments.runs import RunFolder
+
+PEAK_FLOPS: tuple[tuple[str, float], ...] = (
+    ("B200", 2250e12),
+    ("GH200", 989.4e12),
+    ("H200 NVL", 835.5e12),
+    ("H200", 989.4e12),
+    ("H100 NVL", 835.5e12),
+    ("H100 PCIe", 756.5e12),
+    ("H100", 989.4e12),
+    ("A100", 312e12),
+    ("A40", 149.7e12),
+    ("A30", 165e12),
+    ("L40S", 362.05e12),
+    ("L40", 181.05e12),
+    ("L4", 121e12),
+    ("RTX 4090", 165.2e12),
+    ("RTX 3090", 71e12),
+    ("MI300X", 1307.4e12),
+)
+"""Part of a device's name, most specific first, and its dense bf16 peak in FLOP/s with float32 accumulation.
+
+Sources: NVIDIA's data sheets of each card (which print the sparse figure, twice this one, from Hopper on), its Ampere
+GA102 and Ada whitepapers for the two GeForce cards, AMD's data sheet of the MI300X.
+"""
+PARTS = ("data", "train", "probe", "decision")
+"""Purposes that the seconds of a step are told apart by: `seconds_PART` in `stats.jsonl`."""
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 peak of a device in FLOP/s, None if its name is not in the table."""
+    words = f" {device_name.replace('-', ' ')} "
+    return next((peak for name, peak in PEAK_FLOPS if f" {name} " in words), None)
+
+
+def utilisation(
+    flops_per_second: float, device_name: str, precision: str, devices: int = 1
+) -> tuple[float | None, str]:
+    """Model FLOPs utilisation, and why it is not known where it is None.
+
+    Args:
+        flops_per_second: model FLOPs of all devices together.
+        device_name: torch's name of the device, or "cpu".
+        precision: "bf16" or "fp32".
+        devices: how many of them.
+    """
+    if device_name == "cpu":
+        return None, "no peak is known for a CPU"
+    if precision != "bf16":
+        return None, f"the peaks are bf16's, the run's precision is {precision}"
+    peak = peak_flops(device_name)
+    if peak is None:
+        return None, f"no peak is known for {device_name}"
+    return flops_per_second / (peak * devices), ""
+
+
+def peak_memory_bytes(device: Any) -> int | None:
+    """The most memory that this process has held: allocated on a CUDA device, resident on a CPU; None if unknown.
+
+    A CPU's figure has Python and its libraries in it, a few hundred MB.
+    """
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated(device))
+    status = Path("/proc/self/status")  # getrusage's maximum would be inherited from the process that started this one
+    for line in status.read_text().splitlines() if status.exists() else ():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def cost(
+    records: Sequence[Mapping[str, Any]],
+    evaluations: Sequence[Mapping[str, Any]],
+    *,
+    flops_per_token: float,
+    device_name: str = "cpu",
+    precision: str = "fp32",
+    devices: int = 1,
+    memory: int | None = None,
+) -> dict[str, Any]:
+    """The field `cost` of a run's `result.json`.
+
+    Args:
+        records: lines of `stats.jsonl`, one per optimiser step.
+        evaluations: lines of `eval.jsonl`.
+        flops_per_token: model FLOPs of training on one token, 6N and attention (`RunInfo.flops_per_token`).
+        device_name: torch's name of the device, or "cpu".
+        precision: "bf16" or "fp32".
+        devices: processes with a device each.
+        memory: peak in bytes, of one device.
+    """
+    tokens = int(records[-1]["tokens"]) if records else 0
+    flops = tokens * flops_per_token
+    seconds = {part: _sum(records, f"seconds_{part}") for part in PARTS}
+    steps = _sum(records, "seconds")
+    overhead = [seconds[part] for part in PARTS if part != "train"]
+    known = seconds["train"] and None not in overhead
+    mfu, reason = utilisation(flops / steps, device_name, precision, devices) if steps else (None, "no time was logged")
+    return {
+        "tokens": tokens,
+        "flops": flops,
+        "seconds": {**seconds, "evaluation": _sum(evaluations, "seconds")},
+        "tokens_per_second": tokens / steps if steps else None,
+        "overhead_frac": sum(overhead) / seconds["train"] if known else None,  # type: ignore[arg-type, operator]
+        "mfu": mfu,
+        "mfu_unknown": reason or None,
+        "peak_memory_bytes": memory,
+        "device": device_name,
+        "devices": devices,
+        "precision": precision,
+    }
+
+
+def _sum(records: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """Sum of a number over all records; None unless every one has it."""
+    values = [record.get(name) for record in records]
+    return float(sum(values)) if values and None not in values else None  # type: ignore[arg-type]
+
+
+def run_cost(folder: RunFolder, trainer: Any) -> dict[str, Any]:
+    """The field `cost` of the run in `folder`, by the process that has just finished it.
+
+    Args:
+        folder: the run.
+        trainer: what trained it, be it behind a lag or over several processes. Where it is no language model's,
+            nothing is known of device and memory.
+    """
+    while (inner := getattr(trainer, "inner", None)) is not None:
+        trainer = inner
+    device = getattr(trainer, "device", None)
+    described = {} if device is None else describe(device, getattr(trainer, "bf16", False))
+    return cost(
+        folder.lines("stats.jsonl"),
+        folder.lines("eval.jsonl"),
+        flops_per_token=trainer.info.flops_per_token,
+        devices=getattr(getattr(trainer, "ranks", None), "world", 1),
+        memory=None if device is None else peak_memory_bytes(device),
+        **described,
+    )
+
+
+def describe(device: Any, bf16: bool) -> dict[str, str]:
+    """Name and precision of a torch device, as `cost` wants them."""
+    import torch
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return {"device_name": name, "precision": "bf16" if bf16 else "fp32"}

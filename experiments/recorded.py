@@ -1,0 +1,94 @@
+"""`Recorded`: a target seen through an environment, which takes several steps a decision, still logged step by step."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from acodm_env.experiments.signals import never
+from acodm_env.trainer import Array, RunInfo, StepStats, Trainer
+
+
+class Asked(Exception):
+    """The run was asked to end before the step that was to come."""
+
+
+class Recorded:
+    """A target whose every step is passed on, with the seconds that went by between it and the step before.
+
+    It starts from the run's own seed and not from an episode's, so that model and data order are those that every
+    mixer gets with that seed.
+    """
+
+    def __init__(self, inner: Trainer, seed: int, stop: Callable[[], bool] = never):
+        """Around a target, which may be led.
+
+        Args:
+            inner: the target.
+            seed: of the run.
+            stop: asked before every step: whether to end now.
+        """
+        self.inner = inner
+        self.on_step: Callable[[StepStats, float, float], None] = lambda stats, seconds, deciding: None
+        """Told of every step: its statistics, its own seconds, and the seconds of deciding and learning before it."""
+        self._seed, self._stop = seed, stop
+        self._clock = time.perf_counter()
+
+    @property
+    def info(self) -> RunInfo:
+        """The target's."""
+        return self.inner.info
+
+    @property
+    def provides(self) -> frozenset[str]:
+        """What the target can measure."""
+        return self.inner.provides
+
+    @property
+    def measure(self) -> frozenset[str]:
+        """What the target measures."""
+        return self.inner.measure
+
+    @measure.setter
+    def measure(self, value: frozenset[str]) -> None:
+        self.inner.measure = value
+
+    @property
+    def steps_done(self) -> int:
+        """Optimiser steps done."""
+        return self.inner.steps_done
+
+    def reset(self, rng: np.random.Generator) -> None:
+        """Start the run."""
+        self.inner.reset(np.random.default_rng(self._seed))
+
+    def step(self, weights: Array, loss_weights: Array | None = None) -> StepStats:
+        """One optimiser step.
+
+        Raises:
+            Asked: to end instead. Nothing was done, and all that was done before is where it belongs.
+        """
+        if self._stop():
+            raise Asked
+        started = time.perf_counter()
+        stats = self.inner.step(weights, loss_weights)
+        self.on_step(stats, time.perf_counter() - started, started - self._clock)
+        self.restart_clock()
+        return stats
+
+    def restart_clock(self) -> None:
+        """What went by since the last step was no part of deciding."""
+        self._clock = time.perf_counter()
+
+    def evaluate(self, split: str) -> Array:
+        """Held-out losses (M,)."""
+        return self.inner.evaluate(split)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The target's."""
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from the target's state."""
+        self.inner.load_state_dict(state)

@@ -1,0 +1,94 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from acodm_env.agents.baselines import make_mixer
+from acodm_env.experiments.cost import cost, peak_flops, peak_memory_bytes, run_cost, utilisation
+from acodm_env.experiments.run_record import read_run
+from acodm_env.experiments.runs import RunFolder, run_mixer
+from toy import ToyTrainer
+
+STEP = {"seconds": 0.5, "seconds_data": 0.01, "seconds_train": 0.4, "seconds_probe": 0.02, "seconds_decision": 0.03}
+RECORDS = [{"step": step, "tokens": 100 * step, **STEP} for step in (1, 2)]
+EVALUATIONS = [{"step": 0, "seconds": 0.25}, {"step": 2, "seconds": 0.5}]
+
+
+def test_cost_sums_the_logs_of_a_run():
+    found = cost(RECORDS, EVALUATIONS, flops_per_token=6e6, memory=1234)
+    assert found["tokens"] == 200
+    assert found["flops"] == 200 * 6e6
+    seconds = {"data": 0.02, "train": 0.8, "probe": 0.04, "decision": 0.06, "evaluation": 0.75}
+    assert found["seconds"] == pytest.approx(seconds)
+    assert found["tokens_per_second"] == pytest.approx(200.0)  # 200 tokens in two steps of 0.5 s
+    assert found["overhead_frac"] == pytest.approx(0.12 / 0.8)
+    assert found["peak_memory_bytes"] == 1234
+    assert (found["mfu"], found["mfu_unknown"]) == (None, "no peak is known for a CPU")
+
+
+def test_utilisation_is_of_all_devices_together():
+    h100 = {"device_name": "NVIDIA H100 80GB HBM3", "precision": "bf16"}
+    found = cost(RECORDS, EVALUATIONS, flops_per_token=989.4e12 / 200, devices=2, **h100)
+    assert found["mfu"] == pytest.approx(0.5)  # 200 tokens/s use one device's peak, and there are two
+    assert found["mfu_unknown"] is None
+
+
+def test_what_was_not_logged_is_null_not_zero():
+    old = [{"step": 1, "tokens": 100, "seconds": 0.5}]
+    found = cost(old, [{"step": 0}], flops_per_token=1.0)
+    assert found["seconds"] == dict.fromkeys(("data", "train", "probe", "decision", "evaluation"))
+    assert found["overhead_frac"] is None
+    assert found["tokens_per_second"] == 200.0
+    partly = cost([RECORDS[0], *old], EVALUATIONS, flops_per_token=1.0)  # resumed by a version that logs more
+    assert partly["seconds"]["train"] is None
+    assert cost([], [], flops_per_token=1.0)["tokens_per_second"] is None
+
+
+def test_peaks_are_the_named_devices_own():
+    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    assert peak_flops("NVIDIA H100 PCIe") == 756.5e12
+    assert peak_flops("NVIDIA H100 80GB HBM3") == peak_flops("NVIDIA H200") == peak_flops("NVIDIA GH200 480GB")
+    assert peak_flops("NVIDIA L40S") == 2 * 181.025e12
+    assert peak_flops("NVIDIA A10") is None  # no A100
+    assert utilisation(1e12, "Tesla T4", "bf16") == (None, "no peak is known for Tesla T4")
+    assert utilisation(1e12, "NVIDIA H200", "fp32")[0] is None
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux only")
+def test_peak_memory_of_a_cpu_is_the_most_that_was_resident():
+    held = np.ones(64 * 2**20)  # 512 MiB
+    during = peak_memory_bytes(torch.device("cpu"))
+    del held
+    after = peak_memory_bytes(torch.device("cpu"))
+    assert during >= 512 * 2**20
+    assert after == pytest.approx(during, rel=0.01)  # the kernel counts pages in lots
+
+
+def finished(path):
+    trainer = ToyTrainer((0.6, 0.3, 0.1))
+    folder = RunFolder(path, {"domains": list(trainer.info.domains), "mixer": "uniform"})
+    run_mixer(folder, trainer, make_mixer("uniform"), seed=0, evaluations=4)
+    return folder, trainer
+
+
+def test_cost_of_a_run_folder(tmp_path):
+    folder, trainer = finished(tmp_path / "run")
+    found = run_cost(folder, trainer)
+    assert found["tokens"] == 20 * 50
+    assert found["tokens_per_second"] > 0
+    assert found["peak_memory_bytes"] is None  # a toy has no device
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_a_report_does_not_take_a_runs_own_cost_for_a_benchmarks(tmp_path):
+    folder, trainer = finished(tmp_path / "run")
+    losses = {"domain0": 3.0, "domain1": 3.0, "domain2": 3.0}
+    result = {"mean_loss_nats": 3.0, "mean_perplexity": 20.0, "domain_loss_nats": losses, "diverged": False}
+    about = {"seconds_per_step": 0.1, "cost": run_cost(folder, trainer)}
+    (tmp_path / "run" / "result.json").write_text(json.dumps(result | about))
+    run = read_run(tmp_path / "run", mixer="uniform", schedule="cosine", seed=0, command="", targets=[*losses])
+    assert run.status == "finished", run.message
+    assert "cost" not in run.result
+    assert run.result["accounting"]["tokens"] == 1000
