@@ -294,7 +294,7 @@ def _labels(configs: Mapping[Path, Mapping[str, Any]]) -> dict[Path, str]:
 
 def _transfer_command(config: Mapping[str, Any], folder: Path) -> str:
     """The command of a plain run, where of a policy only the fingerprint is known; "" for a benchmark's cell."""
-    if "rule" in config:
+    if "rule" in config or not {"policy", "mixer"} <= config.keys():  # a cell's, or a co-trained run's
         return ""
     from acodm_env.experiments.transfer import TransferConfig
 

@@ -44,6 +44,8 @@ FIXED = ("target", "batch_size", "sequence_length", "seed")
 """Settings that no run can change on its way: model, shape of a step, order of the data."""
 DECIDING = ("policy", "mixer", "weights", "name", "decision_every", "domains")
 """Settings with which a mixer begins anew."""
+LOADING = ("domains", "corpus_fingerprint", "prefetch")
+"""Settings with which the data go on in another way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +153,7 @@ def resume(
         note(f"skipped {reason}")
     changed = differences(found.identity, folder.config)
     _check_changes(found, changed, adapt, trainer.info.horizon)
-    if changed:
+    if changed.keys() & {*LOADING}:
         trainer.load_state_dict(found.state["trainer"], adapt=True)  # type: ignore[call-arg]
     else:
         trainer.load_state_dict(found.state["trainer"])

@@ -295,7 +295,8 @@ class LMTrainer:
         norms = _rms(self._observed)
         changes = _rms([now - old for now, old in zip(self._observed, self._snapshot, strict=True)])
         self._snapshot = [layer.detach().clone() for layer in self._observed]
-        return norms, changes / np.maximum(norms, 1e-12)
+        with np.errstate(invalid="ignore"):  # weights that overflowed
+            return norms, changes / np.maximum(norms, 1e-12)
 
     def evaluate(self, split: str) -> Array:
         """Mean token losses in nats (M,) on the fixed held-out sequences of `split`."""

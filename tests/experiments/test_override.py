@@ -116,7 +116,8 @@ def now(steered, seconds=1.0):
 
 
 def test_without_a_file_the_mixers_own_array_passes(steered):
-    steered.inner.weights = lambda own=np.array([0.5, 0.3, 0.2]): own
+    own = np.array([0.5, 0.3, 0.2])
+    steered.inner.weights = lambda: own
     assert steered.weights() is steered.inner.weights()
     assert "overridden" not in steered.diagnostics()
 
@@ -131,7 +132,7 @@ def test_read_at_most_once_a_second_and_let_go_when_removed(steered, tmp_path, c
     put(tmp_path, {"cap": {"domain0": 0.4}})
     assert now(steered, 1.5) == pytest.approx([0.4, 0.36, 0.24])
     (tmp_path / FILE).unlink()
-    assert now(steered) == [0.5, 0.3, 0.2]
+    assert now(steered, 1.5) == [0.5, 0.3, 0.2]
     records = [json.loads(line) for line in (tmp_path / "overrides.jsonl").read_text().splitlines()]
     assert [{k: v for k, v in record.items() if k != "time"} for record in records] == [
         {"from_step": 42, "pin": {"domain0": 0.2}, "cap": {}},
