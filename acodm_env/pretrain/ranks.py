@@ -5,6 +5,7 @@ second kind goes over a group of its own on the host, so that waiting for a deci
 process nothing is sent at all.
 """
 
+import atexit
 import json
 import re
 from collections.abc import Iterator
@@ -46,6 +47,8 @@ class Ranks:
         self.exchanged = 0
         """Bytes handed to the others, or taken from them, so far."""
         self._host = distributed.new_group(backend="gloo", timeout=_PATIENCE) if world > 1 else None
+        if world > 1:
+            atexit.register(_leave)
 
     @classmethod
     def of(cls, accelerator: "Accelerator | None") -> "Ranks":
@@ -113,6 +116,12 @@ class Ranks:
                 f"rank {self.rank} of {self.world}: another process of the run ended ({doing}: {cause}); its own "
                 f"message or the launcher's summary says why; the same command goes on from the last checkpoint"
             ) from error
+
+
+def _leave() -> None:
+    """End the connections' threads before the process does: it may abort otherwise, though all its work is done."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _plain(value: Any) -> Any:

@@ -2,6 +2,7 @@ import errno
 import json
 import math
 import os
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from acodm_env.errors import DataError
 from acodm_env.files import (
     atomic_file,
     atomic_folder,
+    clear_leftovers,
     read_json,
     read_state,
     sha256,
@@ -121,6 +123,31 @@ def test_failure_between_the_two_renames_brings_the_old_folder_back(tmp_path, mo
     assert names(tmp_path) == ["folder"]
 
 
+def test_a_file_system_that_does_not_sync_folders_is_good_enough(tmp_path, monkeypatch):
+    sync = os.fsync
+
+    def no_folders(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            failing(errno.EINVAL)()
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", no_folders)
+    with atomic_folder(tmp_path / "folder") as fresh:
+        write_json(fresh / "file.json", {})
+    assert names(tmp_path / "folder") == ["file.json"]
+
+
+def test_leftovers_go_and_what_was_replaced_comes_back(tmp_path):
+    for name in (".step-1.abc", ".step-2.old", ".step-3.old", "step-3", "mine", ".step"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    (tmp_path / ".step-4.xyz").write_text("half a file")
+    clear_leftovers(tmp_path, "step-*")
+    assert names(tmp_path) == [".step", "mine", "step-2", "step-3"]
+    assert (tmp_path / "step-3" / "file").read_text() == "step-3"
+    clear_leftovers(tmp_path / "nowhere", "step-*")
+
+
 # --- JSON --------------------------------------------------------------------------------------------------
 
 
@@ -205,6 +232,25 @@ def test_state_round_trip_is_exact(tmp_path):
     write_state(tmp_path / "state.safetensors", STATE)
     assert_equal(STATE, read_state(tmp_path / "state.safetensors"))
     assert names(tmp_path) == ["state.safetensors"]
+
+
+def test_state_is_a_safetensors_file_and_its_checksum_is_returned(tmp_path):
+    from safetensors.numpy import load_file
+
+    digest = write_state(tmp_path / "state", {"b": np.arange(3, dtype=np.int8), "a": {"c": np.array([[0.5, 1.5]])}})
+    assert digest == sha256(tmp_path / "state")
+    loaded = load_file(tmp_path / "state")
+    assert {name: array.tolist() for name, array in loaded.items()} == {"b": [0, 1, 2], "a/c": [[0.5, 1.5]]}
+    head = int.from_bytes((tmp_path / "state").read_bytes()[:8], "little")
+    assert head % 8 == 0  # so that arrays may be mapped
+
+
+def test_arrays_of_another_byte_order_or_kind(tmp_path):
+    write_state(tmp_path / "state", {"x": np.array([1.5, -2.5], dtype=">f8")})
+    assert read_state(tmp_path / "state")["x"].tolist() == [1.5, -2.5]
+    with pytest.raises(TypeError, match="x: arrays of complex128 cannot be saved"):
+        write_state(tmp_path / "other", {"x": np.array([1j])})
+    assert names(tmp_path) == ["state"]
 
 
 def test_state_without_arrays_and_empty_state(tmp_path):

@@ -24,11 +24,14 @@ KINDS = {
 }
 
 
+FIXED = ["--mixer", "static", "--weights", "letters=0.5,numbers=0.3,verbs=0.2"]
+
+
 def settings(corpus, out, kind, steps):
     sizes = ["--batch_size", "8", "--sequence_length", "32", "--eval_sequences", "2", "--evaluations", "7"]
     saving = ["--checkpoint_every", "4", "--keep", "2"]
     run = ["--corpus", str(corpus), "--target", "tiny", "--steps", str(steps), "--quiet", "--out", str(out)]
-    return [*run, *sizes, *saving, *KINDS[kind]]
+    return [*run, *sizes, *saving, *(KINDS | {"fixed": FIXED})[kind]]
 
 
 def lines(out, name):
@@ -222,6 +225,25 @@ def test_twenty_random_kills(world, tiny_corpus, tmp_path):
         assert_same(out, tmp_path / f"whole {kind}")
     print(f"{world} process(es): 20 of 20 bit-equal, {kills} kills")  # noqa: T201
     assert kills >= 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
+def test_another_number_of_processes_goes_on(first, then, tiny_corpus, tmp_path):
+    """The same draws; losses agree as far as sums in another order can."""
+    arguments = settings(tiny_corpus, tmp_path / "cut", "fixed", 60)
+    process = start(first, arguments, tmp_path / "log")
+    while logged(tmp_path / "cut") < 21 and process.poll() is None:
+        time.sleep(0.002)
+    kill_all(process)
+    assert logged(tmp_path / "cut") < 60
+    assert start(then, arguments, tmp_path / "log").wait() == 0, (tmp_path / "log").read_text()
+    assert f"{then} processes instead of {first}: cursors are global" in (tmp_path / "log").read_text()
+    assert start(1, settings(tiny_corpus, tmp_path / "whole", "fixed", 60), tmp_path / "log").wait() == 0
+    ours, theirs = lines(tmp_path / "cut", "stats.jsonl"), lines(tmp_path / "whole", "stats.jsonl")
+    for name in ("step", "realised", "epochs", "lr"):
+        assert [record[name] for record in ours] == [record[name] for record in theirs]
+    np.testing.assert_allclose([r["loss"] for r in ours], [r["loss"] for r in theirs], rtol=1e-5)
 
 
 @pytest.mark.slow
