@@ -33,14 +33,14 @@ class SavedGradients:
 
 
 def window_state(window: StepStats | None) -> dict[str, Any] | None:
-    """A window as numpy arrays and JSON values.
+    """A window as numpy arrays and JSON values; but for the seconds that it took, which are no part of what happened.
 
     Raises:
         ValueError: its gradients are of a kind that cannot be saved.
     """
     if window is None:
         return None
-    state = {each.name: getattr(window, each.name) for each in fields(window)}
+    state = {each.name: getattr(window, each.name) for each in fields(window)} | {"seconds": {}}
     if window.gradients is not None:
         if not hasattr(window.gradients, "state_dict"):
             raise ValueError(f"{type(window.gradients).__name__}: cannot be saved between two decisions, only at one")
