@@ -34,7 +34,7 @@ COMPARABLE = (
     *("learning_rate", "schedule", "eval_sequences", "seed"),
 )
 """Settings that a run and its reference must share."""
-ASIDE = (*("quiet", "out", "reference", "gate", "resume", "adapt", "keep", "checkpoint_every", "on_nonfinite"),)
+ASIDE = ("quiet", "out", "reference", "gate", "resume", "adapt", "keep", "checkpoint_every", "on_nonfinite")
 """Settings that may differ from one start of a run to the next: they leave its numbers alone."""
 
 

@@ -31,7 +31,8 @@ def test_every_command_line_of_the_pages_exists(arguments):
     command, flags = arguments[0], [a for a in arguments[1:] if a.startswith("--")]
     assert command in COMMANDS
     module = import_module(f"acodm_env.experiments.{command.replace('-', '_')}")
-    settings = {field.name for field in fields(getattr(module, COMMANDS[command][0]))}
+    known = fields(getattr(module, COMMANDS[command][0]))
+    settings = {field.name for field in known} | {f"no_{field.name}" for field in known if field.type in (bool, "bool")}
     assert {flag[2:].partition("=")[0].replace("-", "_") for flag in flags} <= settings | {"config"}
 
 

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -209,7 +210,8 @@ def test_twenty_random_kills(world, tiny_corpus, tmp_path):
     for trial in range(20):
         kind = [*KINDS][trial % len(KINDS)]
         out = tmp_path / f"cut {trial}"
-        for _ in range(int(rng.integers(1, 4))):
+        alive = 0
+        while alive < rng.integers(1, 4):
             process = start(world, settings(tiny_corpus, out, kind, steps), log)
             if rng.random() < 0.2:
                 time.sleep(rng.uniform(0.0, startup[kind]))
@@ -217,9 +219,13 @@ def test_twenty_random_kills(world, tiny_corpus, tmp_path):
                 before = logged(out)
                 while logged(out) == before and process.poll() is None:
                     time.sleep(0.002)
-                time.sleep(rng.uniform(0.0, training[kind]))
-            kills += process.poll() is None
+                time.sleep(rng.uniform(0.0, training[kind] * (steps - before) / steps))
+            alive += process.poll() is None
             kill_all(process)
+            if (out / "result.json").exists():  # too late: it had ended
+                shutil.rmtree(out)
+                alive = 0
+        kills += alive
         process = start(world, settings(tiny_corpus, out, kind, steps), log)
         assert process.wait() == 0, log.read_text()
         assert_same(out, tmp_path / f"whole {kind}")
