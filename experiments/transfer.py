@@ -236,6 +236,7 @@ def _finished(config: TransferConfig, folder: RunFolder) -> dict[str, Any] | Non
         return None
     if result["diverged"] and config.on_nonfinite == "skip":
         note("the run had diverged: it goes on from its last checkpoint, without steps that are not finite")
+        (folder.path / "result.json").unlink()
         return None
     return result
 
