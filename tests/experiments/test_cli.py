@@ -173,8 +173,8 @@ def test_bad_input_is_one_line_and_exit_code_two(arguments, message, tiny_corpus
 
 
 def test_overhead_writes_the_stable_names(tmp_path):
-    sizes = ["--rounds", "1", "--batch_size", "8", "--sequence_length", "16", "--num_domains", "2", "--quiet", "--no-memory"]
-    assert acodm("overhead", *sizes, "--out", tmp_path) == 0
+    sizes = ["--rounds", "1", "--batch_size", "8", "--sequence_length", "16", "--num_domains", "2", "--quiet"]
+    assert acodm("overhead", *sizes, "--no-memory", "--out", tmp_path) == 0
     result = json.loads((tmp_path / "overhead.json").read_text())
     names = ("probed_over_plain", "k_backward_over_plain", "decision_over_plain", "sampling_over_plain", "a_over_a")
     assert all(result[name] > 0 for name in names)
