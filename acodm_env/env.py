@@ -18,8 +18,9 @@ from acodm_env.interaction import InteractionConfig
 from acodm_env.mixture import ActionMap, Bounds
 from acodm_env.observation import Observer
 from acodm_env.reward import Outcome, RewardConfig, compute_terms, objective_weights
-from acodm_env.trainer import Array, Lagged, StepStats, Trainer, merge, require
+from acodm_env.trainer import Array, StepStats, Trainer, merge, require
 from acodm_env.window import load_window, window_state
+from acodm_env.wrapper import Lagged
 
 Observation = NDArray[np.float32]
 

@@ -10,7 +10,6 @@ K is the number of training domains, M the number of held-out targets (usually t
 """
 
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self, runtime_checkable
@@ -226,11 +225,16 @@ def _steps(stats: StepStats) -> float:
 class Trainer(Protocol):
     """Trains for one step under a mixture."""
 
-    info: RunInfo
-    provides: frozenset[str]
-    """What it can measure: of "losses", "gram", "layers", "validation", "loss_weights", "excess"."""
     measure: frozenset[str]
     """What it does measure: set by whoever drives it to what somebody needs."""
+
+    @property
+    def info(self) -> RunInfo:
+        """What is known of the run; a reset may add to it."""
+
+    @property
+    def provides(self) -> frozenset[str]:
+        """What it can measure: of "losses", "gram", "layers", "validation", "loss_weights", "excess"."""
 
     @property
     def steps_done(self) -> int:
@@ -331,67 +335,3 @@ def drive(trainer: Trainer, mixer: Mixer, num_steps: int) -> Iterator[StepStats]
         yield stats
         if stats.diverged:
             return
-
-
-@dataclass
-class Lagged:
-    """A trainer behind a prefetching loader: a mixture takes effect `lag` optimiser steps after it was given."""
-
-    inner: Trainer
-    lag: int
-    info: RunInfo = field(init=False)
-    provides: frozenset[str] = field(init=False)
-    _queue: deque[Array] = field(init=False, default_factory=deque)
-
-    def __post_init__(self) -> None:
-        if self.lag < 0:
-            raise ConfigError(f"lag={self.lag}: must be 0 or more optimiser steps")
-        if self.inner.info.lag:
-            raise ConfigError(
-                f"lag={self.lag}: the trainer has one of {self.inner.info.lag} by prefetching; give one of them"
-            )
-        self.info = replace(self.inner.info, lag=self.lag)
-        self.provides = self.inner.provides
-
-    @property
-    def measure(self) -> frozenset[str]:
-        """What the inner trainer measures."""
-        return self.inner.measure
-
-    @measure.setter
-    def measure(self, value: frozenset[str]) -> None:
-        self.inner.measure = value
-
-    @property
-    def steps_done(self) -> int:
-        """Optimiser steps done."""
-        return self.inner.steps_done
-
-    def reset(self, rng: np.random.Generator) -> None:
-        """Start a new run; the loader is full of uniformly mixed batches."""
-        self.inner.reset(rng)
-        self.info = replace(self.inner.info, lag=self.lag)  # a reset may add to it
-        shape = (*getattr(self.inner, "batch", ()), self.info.num_domains)
-        self._queue = deque(np.full(shape, 1 / self.info.num_domains) for _ in range(self.lag))
-
-    def step(self, weights: Array, loss_weights: Array | None = None) -> StepStats:
-        """Queue `weights`, train under the oldest mixture of the queue."""
-        self._queue.append(np.array(weights))  # a copy: the caller may change its array
-        stats = self.inner.step(self._queue.popleft(), loss_weights)
-        pending = np.stack(self._queue, axis=-2) if self.lag else None  # (…, lag, K)
-        decision = max(-1, stats.decision - self.lag)
-        return replace(stats, decision=decision, mixture_age=float(self.lag), pending=pending)
-
-    def evaluate(self, split: str) -> Array:
-        """The inner trainer's held-out losses (M,)."""
-        return self.inner.evaluate(split)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The inner state and the queue."""
-        return {"inner": self.inner.state_dict(), "queue": [*self._queue]}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`'s value."""
-        self.inner.load_state_dict(state["inner"])
-        self.info = replace(self.inner.info, lag=self.lag)
-        self._queue = deque(np.asarray(weights, dtype=np.float64) for weights in state["queue"])

@@ -22,7 +22,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from acodm_env.errors import DataError
 from acodm_env.files import atomic_folder, read_json, read_state, sha256, write_json, write_state
-from acodm_env.pretrain.checkpoint import to_numpy, to_torch
+from acodm_env.pretrain.checkpoint import int_keys, to_numpy, to_torch
 
 _COUNTERS = (
     "num_timesteps", "_n_updates", "_episode_num", "_total_timesteps", "_current_progress_remaining",
@@ -91,8 +91,8 @@ def load_agent_state(model: BaseAlgorithm, venv: VecNormalize, state: Mapping[st
     """Go on from `agent_state`'s value, the global generators included; the environment must be where it was."""
     tensors = to_torch(state["networks"])
     for value in tensors.values():
-        if isinstance(value, dict) and value.keys() == {"state", "param_groups"}:  # an optimiser numbers its parameters
-            value["state"] = {int(key): entry for key, entry in value["state"].items()}  # which JSON makes strings
+        if isinstance(value, dict) and value.keys() == {"state", "param_groups"}:
+            value.update(int_keys(value))
     _restore_tensors(model, tensors)
     _restore_counters(model, state["counters"])
     _restore_run(model, venv, state)

@@ -20,7 +20,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 from acodm_env.env import MixtureEnv
 from acodm_env.errors import ConfigError
 from acodm_env.surrogate.trainer import SurrogateTrainer
-from acodm_env.trainer import Lagged, RunInfo
+from acodm_env.trainer import RunInfo
+from acodm_env.wrapper import Lagged
 
 from .algorithms import ALGORITHMS, load_class
 from .hyperparameters import OURS, PROXY, SURROGATE, AgentRecipe, Settings, settings_for

@@ -13,7 +13,8 @@ from acodm_env.observation import FIELDS, Observer
 from acodm_env.policy import Policy, PolicyMixer, scaled_interval
 from acodm_env.surrogate.surface import Surface
 from acodm_env.surrogate.trainer import SurrogateTrainer
-from acodm_env.trainer import Array, Lagged, Mixer, RunInfo, StepStats, Trainer, drive
+from acodm_env.trainer import Array, Mixer, RunInfo, StepStats, Trainer, drive
+from acodm_env.wrapper import Lagged
 
 from .baselines import make_mixer
 

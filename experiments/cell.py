@@ -26,7 +26,8 @@ from acodm_env.experiments.results import objective_result
 from acodm_env.experiments.runs import RunFolder, recorded_config, run_mixer
 from acodm_env.files import read_json, read_state, sha256, write_json, write_state
 from acodm_env.policy import Policy, PolicyMixer, scaled_interval
-from acodm_env.trainer import Lagged, Mixer, RunRequest, RunResult, StepStats, Trainer
+from acodm_env.trainer import Mixer, RunRequest, RunResult, StepStats, Trainer
+from acodm_env.wrapper import Lagged
 
 if TYPE_CHECKING:
     from acodm_env.pretrain.trainer import LMTrainer

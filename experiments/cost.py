@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from acodm_env.experiments.runs import RunFolder
+from acodm_env.wrapper import innermost
 
 PEAK_FLOPS: tuple[tuple[str, float], ...] = (
     ("B200", 2250e12),
@@ -138,8 +139,7 @@ def run_cost(folder: RunFolder, trainer: Any) -> dict[str, Any]:
         trainer: what trained it, be it behind a lag or over several processes. Where it is no language model's,
             nothing is known of device and memory.
     """
-    while (inner := getattr(trainer, "inner", None)) is not None:
-        trainer = inner
+    trainer = innermost(trainer)
     device = getattr(trainer, "device", None)
     described = {} if device is None else describe(device, getattr(trainer, "bf16", False))
     return cost(

@@ -1,28 +1,25 @@
 """`acodm cotrain`: an agent learns the mixture of the very run that it drives, without a proxy beforehand."""
 
 import json
-import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from acodm_env.agents.baselines import make_mixer
 from acodm_env.config import from_dict
 from acodm_env.corpus import TokenStore
 from acodm_env.env import MixtureEnv, parse_reward
-from acodm_env.errors import ConfigError
 from acodm_env.experiments.checkpoints import Checkpoints
-from acodm_env.experiments.console import listing, note, say
+from acodm_env.experiments.console import note
 from acodm_env.experiments.cost import run_cost
 from acodm_env.experiments.cotrain_loop import run_cotrainer
 from acodm_env.experiments.lock import claimed
 from acodm_env.experiments.model_folder import save_model
 from acodm_env.experiments.recorded import Recorded
 from acodm_env.experiments.results import mixer_result
-from acodm_env.experiments.run_folder import RunFolder, check_folder, git_commit, versions
+from acodm_env.experiments.run_folder import RunFolder, git_commit, versions
 from acodm_env.experiments.signals import Preempted, heeding_sigterm, never
+from acodm_env.experiments.target import ASIDE, TargetConfig, check_out, finished, open_store, target_trainer, tell
 from acodm_env.experiments.train import read_reward
-from acodm_env.experiments.transfer import ASIDE, TransferConfig, _finished, open_store, target_trainer
 from acodm_env.files import write_json
 from acodm_env.mixture import ActionMap
 from acodm_env.trainer import Trainer
@@ -35,30 +32,14 @@ PAPER_START = 833
 
 
 @dataclass(frozen=True, kw_only=True)
-class CotrainConfig:
+class CotrainConfig(TargetConfig):
     """Learn an agent and pre-train its target in one run; the same command again goes on, bit for bit on a CPU."""
 
     algo: str = "td3"
     """Off-policy algorithm: td3, ddpg, sac, acodm-td3, acodm-ddpg, equivariant-td3; with the extra contrib also tqc and
     crossq."""
-    corpus: str = "pocket"
-    """Folder of a token store, or "pocket"."""
-    domains: str | None = None
-    """The domains of the corpus to train on, separated by commas; default: all."""
-    target: str = "small"
-    """Model: preset (tiny, small, pythia-14m … pythia-1b), a config.json, or a hub name."""
-    steps: int = 300
-    """Optimiser steps."""
     decision_every: int = 1
     """Steps between decisions."""
-    batch_size: int = 32
-    """Sequences per step, of all processes and micro-batches together."""
-    sequence_length: int = 128
-    """Tokens per sequence."""
-    learning_rate: float = 2e-3
-    """Peak learning rate of the target."""
-    schedule: str = "cosine"
-    """Learning-rate schedule after the warm-up: cosine or constant."""
     reward: str = "interaction"
     """Reward terms: a name, or JSON such as {"interaction": 1.0, "progress": 10.0} (interaction, alignment, progress);
     progress evaluates the target at every decision."""
@@ -80,46 +61,20 @@ class CotrainConfig:
     """Standard deviation of the noise on the teacher's actions."""
     pretrain_steps: int = 200
     """Gradient steps of actor and critic on the teacher's decisions."""
-    evaluations: int = 60
-    """Evaluations on the test split during the run."""
-    eval_sequences: int = 8
-    """Held-out sequences per domain and split."""
-    device: str = "auto"
-    """Device of the target: auto, cpu, cuda or cuda:N. The agent is on the CPU."""
-    precision: str = "auto"
-    """auto (bf16 where a CUDA device has it), fp32 or bf16."""
-    accumulation: int = 1
-    """Micro-batches per step: the same gradient in as many times less memory."""
-    gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them."""
-    compile: bool = False
-    """Compile the target."""
-    parallel: str = "auto"
-    """How several processes share the target: ddp (a copy each), fsdp (a part each), auto (as launched)."""
     prefetch: int = 0
     """Batches that a background thread builds ahead; mixtures take effect as many steps late, and the agent sees
     those that are pending."""
-    on_nonfinite: str = "stop"
-    """When a loss or gradient of the target is not finite: stop the run, or skip the step's update and go on."""
-    checkpoint_every: int | None = None
-    """Steps between checkpoints, which are taken at decisions; default: a tenth of the run."""
-    keep: int = 2
-    """Checkpoints that stay."""
-    resume: bool = True
-    """Go on from the newest whole checkpoint in --out; --no-resume refuses a folder that holds a run."""
     seed: int = 0
     """Seed of everything; model initialisation and data order are those of `acodm transfer` with the same one."""
     out: str = "runs/cotrain"
     """Folder of the run; the same command again resumes it."""
-    quiet: bool = False
-    """No progress bar."""
 
     def __post_init__(self) -> None:
         from acodm_env.agents.cotraining import require_cotrainable, require_online
 
         require_cotrainable(self.algo)  # before the corpus, which may have to be harvested
         require_online(parse_reward(read_reward(self.reward)))
-        self.run_of_target()  # checks what it shares with `acodm transfer`
+        super().__post_init__()
         if self.start_decisions is None:
             object.__setattr__(self, "start_decisions", min(self.decisions // 10, PAPER_START))
 
@@ -133,30 +88,18 @@ class CotrainConfig:
         """What the run is called beside those of mixers."""
         return f"cotrain-{self.algo}"
 
-    def run_of_target(self) -> TransferConfig:
-        """The target's settings, as `acodm transfer` has them."""
-        shared = {each.name for each in fields(TransferConfig)} & {each.name for each in fields(self)}
-        return TransferConfig(mixer="uniform", **{name: getattr(self, name) for name in shared})
-
 
 def run(config: CotrainConfig) -> None:
     """Learn, train, print the result and where it lies."""
-    first = int(os.environ.get("RANK", "0")) == 0
-    target = config.run_of_target()
     with heeding_sigterm() as asked:
-        store = open_store(target, quiet=config.quiet or not first)
+        store = open_store(config)
         try:
             result = cotrain(config, store, stop=asked)
         except Preempted as end:
             note(f"acodm: {end}")
             return
-    if result is None:
-        return
-    untold = ("config", "domain_loss_nats", "learning", "cost")
-    say(listing((name, value) for name, value in result.items() if name not in untold))
-    losses = result["domain_loss_nats"].items()
-    say(listing((f"  {name}", "diverged" if loss is None else f"{loss:.4f} nats") for name, loss in losses))
-    say(f"run: {config.out} (result.json, stats.jsonl, eval.jsonl, policy/, model/)")
+    if result is not None:
+        tell(config.out, result, "policy/", "model/")
 
 
 def cotrain(config: CotrainConfig, store: TokenStore, *, stop: Callable[[], bool] = never) -> dict[str, Any] | None:
@@ -173,18 +116,18 @@ def cotrain(config: CotrainConfig, store: TokenStore, *, stop: Callable[[], bool
     """
     from acodm_env.pretrain.leader import leading
 
-    with leading(target_trainer(config.run_of_target(), store, make_mixer("uniform"))) as led:
+    trainer = target_trainer(config, store, decision_every=config.decision_every, prefetch=config.prefetch)
+    with leading(trainer) as led:
         if led is None:
             return None
         target = Recorded(led, config.seed, stop)
         learner = _learner(config, target)
         learner.policy({})  # an actor that cannot be exported is refused now
         identity = json.loads(json.dumps(_identity(config, store)))
-        if check_folder(config.out, identity) and not config.resume:
-            raise ConfigError(f"out={config.out}: must be new with --no-resume; it holds a run; choose another folder")
+        check_out(config, identity)
         with claimed(config.out):
             folder = RunFolder(config.out, identity)
-            return _finished(config, folder) or _train(config, learner, target, store, folder)
+            return finished(config, folder) or _train(config, learner, target, store, folder)
 
 
 def _train(

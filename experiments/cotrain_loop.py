@@ -11,7 +11,7 @@ from acodm_env.experiments.checkpoints import Checkpoints
 from acodm_env.experiments.console import note, progress
 from acodm_env.experiments.recorded import Asked, Recorded
 from acodm_env.experiments.run_folder import RunFolder
-from acodm_env.experiments.runs import _append, _log_evaluation, _stats_record, nonfinite, world_of
+from acodm_env.experiments.runs import append_stats, log_evaluation, nonfinite, stats_record, world_of
 from acodm_env.experiments.signals import Preempted
 from acodm_env.trainer import StepStats
 
@@ -81,7 +81,7 @@ def _begin(folder: RunFolder, learner: "Cotrainer", target: Recorded, checkpoint
             note(f"{world} processes instead of {found.world}: cursors are global, nothing was redistributed")
     folder.rewind(target.steps_done)
     if not folder.lines("eval.jsonl"):
-        _log_evaluation(folder, target, 0)
+        log_evaluation(folder, target, 0)
 
 
 def _logger(
@@ -95,12 +95,12 @@ def _logger(
     """What is done after every optimiser step: a line with what the decision before showed, an evaluation, progress."""
 
     def on_step(stats: StepStats, seconds: float, deciding: float) -> None:
-        record = _stats_record(stats, seconds + deciding) | {"seconds_decision": deciding} | learner.shown
-        _append(folder, checkpoints, record)
+        record = stats_record(stats, seconds + deciding) | {"seconds_decision": deciding} | learner.shown
+        append_stats(folder, checkpoints, record)
         if stats.skipped or stats.diverged:
             note(nonfinite(stats, target.info.domains, checkpoints.last()))
         if stats.step == target.info.horizon or stats.diverged or stats.step % evaluate_every == 0:
-            _log_evaluation(folder, target, stats.step)
+            log_evaluation(folder, target, stats.step)
         bar.update(stats.step - bar.n)
 
     return on_step

@@ -7,7 +7,8 @@ import numpy as np
 from acodm_env.agents.baselines import make_mixer
 from acodm_env.surrogate.surface import Surface
 from acodm_env.surrogate.trainer import SurrogateTrainer
-from acodm_env.trainer import Array, Lagged, Mixer, RunRequest, RunResult, Trainer, drive
+from acodm_env.trainer import Array, Mixer, RunRequest, RunResult, Trainer, drive
+from acodm_env.wrapper import Lagged
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,20 +1,20 @@
 """`Recorded`: a target seen through an environment, which takes several steps a decision, still logged step by step."""
 
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 
 from acodm_env.experiments.signals import never
-from acodm_env.trainer import Array, RunInfo, StepStats, Trainer
+from acodm_env.trainer import Array, StepStats, Trainer
+from acodm_env.wrapper import TrainerWrapper
 
 
 class Asked(Exception):
     """The run was asked to end before the step that was to come."""
 
 
-class Recorded:
+class Recorded(TrainerWrapper):
     """A target whose every step is passed on, with the seconds that went by between it and the step before.
 
     It starts from the run's own seed and not from an episode's, so that model and data order are those that every
@@ -29,35 +29,11 @@ class Recorded:
             seed: of the run.
             stop: asked before every step: whether to end now.
         """
-        self.inner = inner
+        super().__init__(inner)
         self.on_step: Callable[[StepStats, float, float], None] = lambda stats, seconds, deciding: None
         """Told of every step: its statistics, its own seconds, and the seconds of deciding and learning before it."""
         self._seed, self._stop = seed, stop
         self._clock = time.perf_counter()
-
-    @property
-    def info(self) -> RunInfo:
-        """The target's."""
-        return self.inner.info
-
-    @property
-    def provides(self) -> frozenset[str]:
-        """What the target can measure."""
-        return self.inner.provides
-
-    @property
-    def measure(self) -> frozenset[str]:
-        """What the target measures."""
-        return self.inner.measure
-
-    @measure.setter
-    def measure(self, value: frozenset[str]) -> None:
-        self.inner.measure = value
-
-    @property
-    def steps_done(self) -> int:
-        """Optimiser steps done."""
-        return self.inner.steps_done
 
     def reset(self, rng: np.random.Generator) -> None:
         """Start the run."""
@@ -80,15 +56,3 @@ class Recorded:
     def restart_clock(self) -> None:
         """What went by since the last step was no part of deciding."""
         self._clock = time.perf_counter()
-
-    def evaluate(self, split: str) -> Array:
-        """Held-out losses (M,)."""
-        return self.inner.evaluate(split)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The target's."""
-        return self.inner.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from the target's state."""
-        self.inner.load_state_dict(state)

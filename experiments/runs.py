@@ -27,6 +27,7 @@ from acodm_env.experiments.run_folder import (
 )
 from acodm_env.experiments.signals import Preempted, never
 from acodm_env.trainer import Array, Mixer, StepStats, Trainer, drive
+from acodm_env.wrapper import innermost
 
 __all__ = [
     "RunFolder",
@@ -100,7 +101,7 @@ def run_mixer(
 
     def evaluate_if_due(step: int, *, last: bool = False) -> None:
         if evaluations and (last or step % evaluate_every == 0 or step == horizon):
-            _log_evaluation(folder, trainer, step)
+            log_evaluation(folder, trainer, step)
 
     done = [record["step"] for record in folder.lines("eval.jsonl")]
     if trainer.steps_done not in done:
@@ -109,7 +110,7 @@ def run_mixer(
         raise Preempted(trainer.steps_done, horizon, checkpoints.last())
     for stats, seconds in _timed(drive(trainer, steered, horizon - trainer.steps_done)):
         timing = {"seconds_decision": steered.take_seconds()}
-        _append(folder, checkpoints, _stats_record(stats, seconds) | timing | steered.diagnostics())
+        append_stats(folder, checkpoints, stats_record(stats, seconds) | timing | steered.diagnostics())
         on_step(stats)
         if stats.skipped or stats.diverged:
             note(nonfinite(stats, trainer.info.domains, checkpoints.last()))
@@ -121,7 +122,7 @@ def run_mixer(
             save()
 
 
-def _append(folder: RunFolder, checkpoints: Checkpoints, record: dict[str, Any]) -> None:
+def append_stats(folder: RunFolder, checkpoints: Checkpoints, record: dict[str, Any]) -> None:
     try:
         folder.append("stats.jsonl", record)
     except DataError as error:
@@ -211,9 +212,7 @@ def nonfinite(stats: StepStats, domains: tuple[str, ...], last: Path | None) -> 
 
 def world_of(trainer: Any) -> int:
     """How many processes train."""
-    while (inner := getattr(trainer, "inner", None)) is not None:
-        trainer = inner
-    return int(getattr(getattr(trainer, "ranks", None), "world", 1))
+    return int(getattr(getattr(innermost(trainer), "ranks", None), "world", 1))
 
 
 def _timed(steps: Iterator[StepStats]) -> Iterator[tuple[StepStats, float]]:
@@ -226,7 +225,7 @@ def _timed(steps: Iterator[StepStats]) -> Iterator[tuple[StepStats, float]]:
         yield stats, time.perf_counter() - started
 
 
-def _log_evaluation(folder: RunFolder, trainer: Trainer, step: int) -> None:
+def log_evaluation(folder: RunFolder, trainer: Trainer, step: int) -> None:
     started = time.perf_counter()
     losses = trainer.evaluate("test")
     seconds = time.perf_counter() - started
@@ -234,7 +233,7 @@ def _log_evaluation(folder: RunFolder, trainer: Trainer, step: int) -> None:
     folder.append("eval.jsonl", record)
 
 
-def _stats_record(stats: StepStats, seconds: float) -> dict[str, Any]:
+def stats_record(stats: StepStats, seconds: float) -> dict[str, Any]:
     return {
         "step": stats.step,
         "tokens": stats.tokens,

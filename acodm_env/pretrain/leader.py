@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from acodm_env.mixture import check_weights
 from acodm_env.pretrain.ranks import LostRank
-from acodm_env.trainer import Array, RunInfo, StepStats
+from acodm_env.trainer import Array, StepStats
+from acodm_env.wrapper import TrainerWrapper
 
 if TYPE_CHECKING:
     from acodm_env.pretrain.trainer import LMTrainer
@@ -44,38 +45,17 @@ def to_units(weights: object, num_domains: int) -> NDArray[np.int64]:
     return units
 
 
-class Led:
+class Led(TrainerWrapper):
     """Process 0's trainer: what is asked of it is done by all processes."""
 
+    inner: "LMTrainer"
+
     def __init__(self, inner: "LMTrainer"):
-        self.inner = inner
+        """Take process 0's trainer."""
+        super().__init__(inner)
         self._ranks = inner.ranks
         self.listening = True
         """Whether the other processes wait for a command, and not for a part of one."""
-
-    @property
-    def info(self) -> RunInfo:
-        """The inner trainer's."""
-        return self.inner.info
-
-    @property
-    def provides(self) -> frozenset[str]:
-        """What the inner trainer can measure."""
-        return self.inner.provides
-
-    @property
-    def measure(self) -> frozenset[str]:
-        """What all processes measure."""
-        return self.inner.measure
-
-    @measure.setter
-    def measure(self, value: frozenset[str]) -> None:
-        self.inner.measure = value
-
-    @property
-    def steps_done(self) -> int:
-        """Optimiser steps done since `reset`."""
-        return self.inner.steps_done
 
     @contextmanager
     def _all(self, command: str, **arguments: Any) -> Iterator[None]:

@@ -16,7 +16,8 @@ from acodm_env.reward import RewardConfig
 from acodm_env.surrogate.draws import Family
 from acodm_env.surrogate.surface import Surface, add_noise_domain
 from acodm_env.surrogate.trainer import Source, SurrogateTrainer
-from acodm_env.trainer import Lagged, RunInfo
+from acodm_env.trainer import RunInfo
+from acodm_env.wrapper import Lagged
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,8 @@ from acodm_env.reward import Outcome, compute_terms, objective_weights
 from acodm_env.surrogate.env import SurrogateConfig, default_fields
 from acodm_env.surrogate.surface import Surface
 from acodm_env.surrogate.trainer import SurrogateTrainer
-from acodm_env.trainer import Array, Lagged, StepStats, Trainer, merge, require
+from acodm_env.trainer import Array, StepStats, Trainer, merge, require
+from acodm_env.wrapper import Lagged
 
 Step = tuple[NDArray[np.float32], Array, NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]
 

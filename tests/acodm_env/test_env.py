@@ -12,7 +12,7 @@ from acodm_env.errors import ConfigError
 from acodm_env.interaction import InteractionConfig
 from acodm_env.mixture import ActionMap, Bounds
 from acodm_env.reward import RewardConfig
-from acodm_env.trainer import Lagged
+from acodm_env.wrapper import Lagged
 from toy import ToyTrainer
 
 

@@ -17,7 +17,7 @@ from acodm_env.policy import Policy
 from acodm_env.reward import RewardConfig
 from acodm_env.surrogate.env import SurrogateEnv
 from acodm_env.surrogate.vector import SurrogateVectorEnv
-from acodm_env.trainer import Lagged
+from acodm_env.wrapper import Lagged
 from toy import ToyTrainer
 
 FIT = sorted(name for name, algorithm in ALGORITHMS.items() if not algorithm.unfit)

@@ -86,7 +86,7 @@ def test_killed_target_resumes_to_the_same_numbers(tiny_corpus, tmp_path, monkey
     from acodm_env.experiments import runs
 
     assert transfer(tiny_corpus, tmp_path / "whole", "--mixer", "odm-released") == 0
-    record, seen = runs._stats_record, []
+    record, seen = runs.stats_record, []
 
     def interrupt(stats, seconds):
         seen.append(stats.step)
@@ -94,7 +94,7 @@ def test_killed_target_resumes_to_the_same_numbers(tiny_corpus, tmp_path, monkey
             raise KeyboardInterrupt
         return record(stats, seconds)
 
-    monkeypatch.setattr(runs, "_stats_record", interrupt)
+    monkeypatch.setattr(runs, "stats_record", interrupt)
     assert transfer(tiny_corpus, tmp_path / "cut", "--mixer", "odm-released") == 1
     monkeypatch.undo()
     assert transfer(tiny_corpus, tmp_path / "cut", "--mixer", "odm-released") == 0

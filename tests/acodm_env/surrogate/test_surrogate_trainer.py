@@ -9,7 +9,8 @@ from acodm_env.files import read_state, write_state
 from acodm_env.surrogate.dynamics import slopes
 from acodm_env.surrogate.surface import Surface
 from acodm_env.surrogate.trainer import SlopeSums, SurrogateTrainer
-from acodm_env.trainer import Lagged, Mixer, Trainer, drive, merge, require
+from acodm_env.trainer import Mixer, Trainer, drive, merge, require
+from acodm_env.wrapper import Lagged
 
 SHIPPED = Surface.load("regmix-1m")
 ALL = frozenset({"losses", "gram", "validation", "loss_weights"})

@@ -7,7 +7,8 @@ import pytest
 from acodm_env.agents.baselines import make_mixer
 from acodm_env.errors import ConfigError, DataError
 from acodm_env.files import read_state, write_state
-from acodm_env.trainer import Lagged, drive
+from acodm_env.trainer import drive
+from acodm_env.wrapper import Lagged
 from toy import ToyTrainer
 
 DOMAINS = ["domain0", "domain1"]

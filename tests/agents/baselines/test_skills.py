@@ -7,7 +7,8 @@ import pytest
 from acodm_env.agents.baselines import make_mixer
 from acodm_env.errors import ConfigError
 from acodm_env.files import read_state, write_state
-from acodm_env.trainer import Lagged, RunResult, StepStats, drive
+from acodm_env.trainer import RunResult, StepStats, drive
+from acodm_env.wrapper import Lagged
 from toy import ToyTrainer
 
 NAMES = ("python", "prose")
