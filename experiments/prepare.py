@@ -58,6 +58,10 @@ class PrepareConfig:
     quiet: bool = False
     """No progress bar and no table."""
 
+    def __post_init__(self) -> None:
+        if self.shard_mib < 1:
+            raise ConfigError(f"shard_mib={self.shard_mib}: must be at least 1 MiB")
+
     def preparation(self) -> Preparation:
         """The preparation that these settings describe."""
         recipe = self._recipe()

@@ -6,11 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from acodm_env.corpus.prepare import Preparation, prepare
 from acodm_env.corpus.sources import Source
 from acodm_env.corpus.tokens import TokenStore
 
+settings.register_profile("acodm", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("acodm")  # the same examples everywhere, however busy the machine is
 torch.set_num_threads(1)  # tiny models gain nothing from more, and tests may run beside each other
 
 WORDS = {

@@ -56,10 +56,7 @@ class MixtureCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     def state(self) -> dict[str, Any]:
         """What is written to trainer_state.json."""
-        try:
-            data = None if self._batches is None else _to_json(self._batches.data.state_dict())
-        except ValueError as error:
-            raise ConfigError(f"save_steps: must be a multiple of decision_every; {error}") from error
+        data = None if self._batches is None else _to_json(self._batches.data.state_dict())
         return {"args": {}, "attributes": {"saved": data}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -197,9 +194,8 @@ class MixtureTrainer(Trainer):  # type: ignore[misc]
 @torch.no_grad()
 def row_losses(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Mean losses of the rows (B,) in nats, from logits (B, T, V) and tokens (B, T)."""
-    predicted = logits[:, :-1].float().flatten(0, 1)  # (B·(T-1), V)
-    losses = functional.cross_entropy(predicted, tokens[:, 1:].flatten(), reduction="none")  # (B·(T-1),)
-    return losses.view(len(tokens), -1).mean(1)
+    rows = zip(logits, tokens, strict=True)  # one at a time: all logits in float32 may be gigabytes
+    return torch.stack([functional.cross_entropy(row[:-1].float(), own[1:]) for row, own in rows])
 
 
 def _to_json(value: Any) -> Any:

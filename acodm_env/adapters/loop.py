@@ -130,6 +130,7 @@ class MixedData:
     def _stats(self, batch: Batch, sums: Array) -> StepStats:
         counts = batch.counts.astype(np.float64)  # (K,)
         loss = float(sums.sum() / counts.sum())
+        age = self._steps - 1 - batch.decision if batch.decision >= 0 else self.info.lag
         return StepStats(
             step=self._steps,
             tokens=self._steps * self.info.batch_size * self.info.sequence_length,
@@ -140,7 +141,7 @@ class MixedData:
             losses=np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0),
             epochs=batch.drawn / self.loader.sampler.sizes,
             drawn=batch.drawn.astype(np.float64),
-            mixture_age=float(self.info.lag),
+            mixture_age=float(age),
             pending=self.loader.pending if self.info.lag else None,
             decision=batch.decision,
             loss=loss,
@@ -148,7 +149,13 @@ class MixedData:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Position in the data and the mixer; call between `report` and the next `draw`. The same on all processes."""
+        """Position in the data and the mixer; the same on all processes.
+
+        Raises:
+            RuntimeError: called between `draw` and `report`: that batch would be lost.
+        """
+        if self._batch is not None:
+            raise RuntimeError("state_dict() needs the losses of the batch drawn last: call report() first")
         return {
             "steps": self._steps,
             "mixer_name": self.mixer.name,

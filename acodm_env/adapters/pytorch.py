@@ -1,8 +1,8 @@
 """`MixtureDataset`: batches under weights that may change at any time, for torch's DataLoader.
 
 When a new mixture takes effect, in batches: `DataLoader(dataset, batch_size=None)` 0; with `prefetch` N (a background
-thread of ours) N; through `accelerator.prepare(loader)` one more, because Accelerate holds one batch back. DataLoader's
-own workers hold more, each with its own copy of the dataset: they are refused.
+thread of ours) N; through `accelerator.prepare(loader)`, for one process alone, one more, because Accelerate holds one
+batch back. DataLoader's own workers hold more, each with its own copy of the dataset: they are refused.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -116,4 +116,4 @@ class MixtureDataset(IterableDataset[dict[str, torch.Tensor]]):
         """
         self._loader.load_state_dict(state["loader"], adapt)
         if list(state["loader"]["sampler"]["domains"]) == list(self.domains):
-            self.set_weights(np.array(state["weights"]))
+            self.weights = np.array(state["weights"], dtype=np.float64)  # as they were: normalised again, bits change

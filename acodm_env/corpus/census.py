@@ -10,6 +10,8 @@ from acodm_env.corpus.shards import SPLITS
 from acodm_env.corpus.streams import Document
 from acodm_env.errors import DataError
 
+MOST_DOMAINS = 1_000
+"""Of each source; what is kept for each would else outgrow the memory, and a mixture of more makes no sense."""
 _COUNTS = ("texts", "blank", "splits", "left_out")
 
 
@@ -34,8 +36,20 @@ class Census:
     def count(self, given_as: str, document: Document) -> bool:
         """Count a document; whether it holds text."""
         holds_text = bool(document.text.strip())
-        (self.texts if holds_text else self.blank)[given_as, document.domain] += 1
+        counter, key = self.texts if holds_text else self.blank, (given_as, document.domain)
+        if key not in counter:
+            self._check_number(*key)
+        counter[key] += 1
         return holds_text
+
+    def _check_number(self, given_as: str, newest: str) -> None:
+        before = {domain for name, domain in (*self.texts, *self.blank) if name == given_as}
+        if len(before | {newest}) > MOST_DOMAINS:
+            raise DataError(
+                f"{given_as}={self.names[given_as]}: must hold at most {MOST_DOMAINS:,} domains; it holds more, the "
+                f"last one is '{newest:.60}'; is --domain-field the right field? name another one, or put the files "
+                f"into a folder for each domain"
+            )
 
     def state(self) -> dict[str, Any]:
         """The counts as JSON; what is in `shared` is not kept."""
@@ -62,6 +76,7 @@ class Census:
             if split in self.names:
                 self._check_own(split, known)
         for split in SPLITS:
+            self._check_left_out(split, known)
             if missing := [domain for domain in known if not self.splits[domain, split]]:
                 held = ", ".join(f"{domain} ({self.texts['source', domain]})" for domain in missing)
                 raise DataError(
@@ -88,6 +103,20 @@ class Census:
                     f"domain={domain}: must hold text; all its {number:,} documents in "
                     f"{given_as}={self.names[given_as]} are empty or white space; check the text field (--text-field) "
                     f"or leave the domain out"
+                )
+
+    def _check_left_out(self, split: str, known: list[str]) -> None:
+        """Documents of a domain that all stand in an earlier split cannot fill this one."""
+        given_as = split if split in self.names else "source"
+        filled = [split] if split in self.names else [name for name in SPLITS if name not in self.names]
+        for domain in known:
+            if not any(self.splits[domain, name] for name in filled):
+                earlier = [first for first, late in self.left_out if late == given_as]
+                raise DataError(
+                    f"domain={domain}: must have documents in {split} that stand in no other split; all its "
+                    f"{self.texts[given_as, domain]:,} in {given_as}={self.names[given_as]} stand in "
+                    f"{' or '.join(f'{name}={self.names[name]}' for name in earlier)} too and were left out; add "
+                    f"others, or leave the domain out"
                 )
 
     def _check_own(self, split: str, known: list[str]) -> None:

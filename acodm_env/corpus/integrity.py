@@ -1,11 +1,11 @@
 """Whether a token store is what was written: sizes and edges on every opening, all of it where asked for.
 
 Opening may cost no more than the number of shards, however large they are: existence, size, and a checksum over the
-first and last 64 KiB of each. Every byte of a store of at most `WHOLE_BYTES` is read as well; larger ones are read
-whole by `acodm prepare --verify`.
+first and last 64 KiB of each, and of all of the tokenizer. Every byte of a store of at most `WHOLE_BYTES` is read as
+well; larger ones are read whole by `acodm prepare --verify`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from acodm_env.files import sha256
 
 WHOLE_BYTES = 1 << 30
 """Stores up to this size (1 GiB) are checked byte by byte on opening."""
-_SLICE = 1 << 22  # hashes compared at a time: 32 MiB
+_SLICE = 1 << 22  # hashes read at a time: 32 MiB
 
 
 class StoredFile(NamedTuple):
@@ -34,7 +34,7 @@ class StoredFile(NamedTuple):
 
 
 def stored_files(path: Path, record: Mapping[str, Any]) -> Iterator[StoredFile]:
-    """Every file of the store in folder `path` that `record`, the content of corpus.json, lists."""
+    """Every file of the store in `path` that `record`, the content of corpus.json, lists; the tokenizer comes first."""
     tokenizer = record["tokenizer"]
     yield StoredFile(path / "tokenizer.json", tokenizer["bytes"], tokenizer["sha256"], None, "the tokenizer")
     for entry in record["domains"]:
@@ -103,43 +103,45 @@ def _edited(file: StoredFile) -> DataError:
     )
 
 
-def check_disjoint(path: Path, domains: tuple[str, ...], hashes: Mapping[str, list[NDArray[np.uint64]]]) -> None:
+def check_disjoint(path: Path, domains: tuple[str, ...], hashes: Callable[[str, int], NDArray[np.uint64]]) -> None:
     """Refuse a document that stands in two splits, in whichever domains.
 
     Args:
         path: the store's folder, for the message.
         domains: names (K,).
-        hashes: per split the document hashes of every domain, K arrays, memory-mapped or not.
+        hashes: gives the document hashes of a split and domain, memory-mapped or not.
 
     Raises:
         DataError: there is one.
     """
     for first, second in (("train", "validation"), ("train", "test"), ("validation", "test")):
-        shared = [_num_shared(own, hashes[first]) for own in hashes[second]]
-        if any(shared):
+        shared = np.zeros(len(domains), dtype=np.int64)
+        for part, owners in _pieces(hashes, second, len(domains)):
+            found = np.zeros(len(part), dtype=np.bool_)
+            for other, _ in _pieces(hashes, first, len(domains)):
+                found |= np.isin(part, other)
+            shared += np.bincount(owners[found], minlength=len(domains))
+        if shared.any():
             guilty = ", ".join(f"{name} ({n})" for name, n in zip(domains, shared, strict=True) if n)
             raise DataError(
-                f"corpus={path}: {first} and {second} must share no document; {sum(shared)} documents of {second} "
+                f"corpus={path}: {first} and {second} must share no document; {shared.sum()} documents of {second} "
                 f"also stand in {first}, by domain: {guilty}; prepare the corpus again without them"
             )
 
 
-def _num_shared(own: NDArray[np.uint64], others: list[NDArray[np.uint64]]) -> int:
-    """How many of `own` stand in any of `others`; a slice of each is in memory at a time."""
-    count = 0
-    for part in _slices(own):
-        part = np.sort(part)
-        found = np.zeros(len(part), dtype=np.bool_)
-        for other in others:
-            for slice_ in _slices(other):
-                spots = np.searchsorted(part, slice_)
-                spots[spots == len(part)] = 0
-                found[spots[part[spots] == slice_]] = True
-        copies = np.concatenate([[True], part[1:] != part[:-1]])  # only a value's first copy is ever found
-        count += int(found[np.maximum.accumulate(np.where(copies, np.arange(len(part)), 0))].sum())
-    return count
-
-
-def _slices(array: NDArray[np.uint64]) -> Iterator[NDArray[np.uint64]]:
-    for start in range(0, len(array), _SLICE):
-        yield np.asarray(array[start : start + _SLICE])
+def _pieces(
+    hashes: Callable[[str, int], NDArray[np.uint64]], split: str, num_domains: int
+) -> Iterator[tuple[NDArray[np.uint64], NDArray[np.int64]]]:
+    """All hashes of a split and the domain of each, from `_SLICE` to twice as many at a time, the last piece fewer."""
+    parts: list[NDArray[np.uint64]] = []
+    owners: list[NDArray[np.int64]] = []
+    for domain in range(num_domains):
+        own = hashes(split, domain)
+        for start in range(0, len(own), _SLICE):
+            parts.append(np.array(own[start : start + _SLICE]))
+            owners.append(np.full(len(parts[-1]), domain, dtype=np.int64))
+            if sum(map(len, parts)) >= _SLICE:
+                yield np.concatenate(parts), np.concatenate(owners)
+                parts, owners = [], []
+    if parts:
+        yield np.concatenate(parts), np.concatenate(owners)

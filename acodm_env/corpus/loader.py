@@ -1,7 +1,7 @@
 """`Loader`: batches under a mixture, one process's rows of them, built ahead of their use if asked.
 
 With `prefetch` = N a background thread builds N batches ahead, so that a slow disk works while the model trains. A
-mixture then takes effect N batches after it was given, never later, as `trainer.Lagged` plays it: the first N batches
+mixture then takes effect N batches after it was given, never later, as `wrapper.Lagged` plays it: the first N batches
 are composed uniformly. Without prefetching there is no thread, and the very next batch follows the mixture.
 """
 
@@ -67,14 +67,14 @@ class Loader:
             batch, decision = self.sampler.draw(given, rows=self._rows), self._given
         else:
             self._begin()
-            self._waiting.append((given, self._given))
-            self._build(given)
             for future in self._batches:
                 if future.done():
                     future.result()  # raises what the thread met with
-            batch, self._state = self._batches[0].result()
+            batch, state = self._batches[0].result()
+            self._build(given)  # from here on nothing fails: a draw is had, or leaves everything as it was
+            self._waiting.append((given, self._given))
             self._batches.popleft()
-            decision = self._waiting.popleft()[1]
+            decision, self._state = self._waiting.popleft()[1], state
         self._given += 1
         return replace(batch, decision=decision)
 

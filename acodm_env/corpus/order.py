@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_TABLE = 1 << 20
-"""Sequences up to which an epoch's order is a table: at most 4 MiB a domain."""
+"""Sequences up to which an epoch's order is a table: at most 8 MiB a domain."""
 BLOCK = 1024
 """Positions that are worked out at a time beyond it: a call costs the same for one as for hundreds."""
 ROUNDS = 8

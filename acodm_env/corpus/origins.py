@@ -8,6 +8,8 @@ from acodm_env.corpus.shards import edges_sha256
 from acodm_env.errors import DataError
 from acodm_env.files import sha256
 
+FILES = "files.json"
+"""Where in a store they stand, apart from corpus.json: there may be many thousand."""
 _EDGE_BYTES = 1 << 12
 
 

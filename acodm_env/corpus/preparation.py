@@ -1,11 +1,15 @@
-"""`Preparation`: what decides what a token store holds, and nothing else."""
+"""`Preparation`: what decides what a token store holds, and nothing else; `Inputs`: what it found to read."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from acodm_env.corpus.pocket import Dropped
 from acodm_env.corpus.shards import SHARD_BYTES, SPLITS
 from acodm_env.corpus.sources import Source, files_of
+from acodm_env.corpus.streams import Document, Stream, hub_parts, hub_revision
+from acodm_env.corpus.tokenizer import tokenizer_file
 from acodm_env.errors import ConfigError
 
 BALANCED_BYTES = 256_000_000
@@ -54,44 +58,76 @@ class Preparation:
         total = sum(shares.values()) or 1.0
         return {split: share / total for split, share in shares.items()}
 
-    def files(self) -> list[Path]:
-        """Every local file that decides what the store holds; "pocket" and hub names have none.
+    def record(self) -> dict[str, Any]:
+        """All settings as JSON."""
+        return {**asdict(self), "splits": list(self.splits)}
+
+    def inputs(self) -> "Inputs":
+        """What is there to read now.
 
         Raises:
             DataError: a path does not exist, or holds no file with an accepted ending.
         """
-        files, tokenizer = self.source_files(), Path(self.tokenizer)
-        return [*files, tokenizer] if tokenizer.is_file() else files
+        return Inputs(preparation=self, files={name: files_of(own.name) for name, own in self.sources().items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What the sources of a preparation were when it began, listed once."""
+
+    preparation: Preparation
+    files: Mapping[str, list[Path]]
+    """Files by "source", "validation", "test"; none for "pocket" and hub names."""
+    revisions: Mapping[str, str] = field(default_factory=dict)
+    """The commits of hub data sets."""
+
+    def at_revisions(self, known: Mapping[str, str] | None = None) -> "Inputs":
+        """The same with the commit of every hub data set: the known one, or the one that it is at now.
+
+        Raises:
+            DataError: the hub cannot be reached, or has no such data set.
+        """
+        revisions = dict(known or {})
+        for name in self._hub_names().values():
+            data_set = hub_parts(name)[0]
+            revisions[data_set] = revisions.get(data_set) or hub_revision(name)
+        return replace(self, revisions=revisions)
+
+    def open(self, given_as: str, start: Mapping[str, Any] | None = None, on_dropped: Dropped | None = None) -> Stream:
+        """The documents of one source, as `Source.open`."""
+        source = self.preparation.sources()[given_as]
+        return source.open(start, on_dropped, files=self.files[given_as], revision=self._revision(source))
+
+    def sample(self) -> Iterator[Document]:
+        """Some documents of the source, as `Source.sample`."""
+        source = self.preparation.source
+        return source.sample(self.files["source"], self._revision(source))
+
+    def _revision(self, source: Source) -> str | None:
+        return self.revisions.get(hub_parts(source.name)[0])
+
+    def _hub_names(self) -> dict[str, str]:
+        sources = self.preparation.sources().items()
+        return {name: own.name for name, own in sources if own.name != "pocket" and not self.files[name]}
 
     def source_files(self) -> list[Path]:
-        """Every local file that documents are read from.
+        """Every local file that documents are read from."""
+        return [file for files in self.files.values() for file in files]
 
-        Raises:
-            DataError: as `files`.
-        """
-        return [file for source in self.sources().values() for file in files_of(source.name)]
+    def all_files(self) -> list[Path]:
+        """Every local file that decides what the store holds."""
+        tokenizer = tokenizer_file(self.preparation.tokenizer)
+        return [*self.source_files(), tokenizer] if tokenizer.is_file() else self.source_files()
 
     def text_bytes(self) -> int | None:
-        """About how much text there is to read, compressed files counted fourfold; None for "pocket" and the hub.
-
-        Raises:
-            DataError: as `files`.
-        """
-        total = 0
-        for source in self.sources().values():
-            files = files_of(source.name)
-            if not files:
-                return None
-            total += sum(file.stat().st_size * (1 if file.name.endswith(_PLAIN) else _EXPANSION) for file in files)
-        return total
+        """About how much text there is to read, compressed files counted fourfold; None for "pocket" and the hub."""
+        if not all(self.files.values()):
+            return None
+        return sum(
+            file.stat().st_size * (1 if file.name.endswith(_PLAIN) else _EXPANSION) for file in self.source_files()
+        )
 
     def balanced(self) -> bool:
         """Whether every split gets its part of every domain: for "pocket", and files up to `BALANCED_BYTES`."""
         size = self.text_bytes()
-        if size is None:
-            return all(source.name == "pocket" or files_of(source.name) for source in self.sources().values())
-        return size <= BALANCED_BYTES
-
-    def record(self) -> dict[str, Any]:
-        """All settings as JSON."""
-        return {**asdict(self), "splits": list(self.splits)}
+        return not self._hub_names() if size is None else size <= BALANCED_BYTES

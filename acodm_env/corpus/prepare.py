@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from acodm_env.corpus.encoding import Encoded, Encoder
-from acodm_env.corpus.origins import file_states, first_change
-from acodm_env.corpus.preparation import Preparation
+from acodm_env.corpus.origins import FILES, file_states, first_change
+from acodm_env.corpus.preparation import Inputs, Preparation
 from acodm_env.corpus.progress import Progress
 from acodm_env.corpus.shards import ShardWriter, token_dtype
 from acodm_env.corpus.sources import Source
@@ -25,14 +25,14 @@ from acodm_env.corpus.tokenizer import end_of_document, load_tokenizer, train_to
 from acodm_env.corpus.tokens import FORMAT_VERSION, TokenStore, fingerprint
 from acodm_env.corpus.workplace import Workplace, remove_leftover
 from acodm_env.errors import ConfigError, DataError
-from acodm_env.files import atomic_file, disk_errors, sha256, write_json
+from acodm_env.files import atomic_file, disk_errors, read_json, sha256, write_json
 
 __all__ = ["Preparation", "prepare"]
 
 WORKERS_BYTES = 16_000_000
 """Less text than this is encoded by one process: starting others would take longer."""
 MOST_WORKERS = 24
-"""Workers by default at most: each takes about 60 MB, and one process reads for all."""
+"""Workers by default at most: each takes memory of its own, and one process reads for all."""
 _BATCH_DOCUMENTS = 512
 _BATCH_CHARS = 1 << 18
 _log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ def prepare(
 
     Args:
         source: what to prepare; a name alone takes all defaults and `tokenizer`.
-        out: the folder; it must not exist, or be empty, or hold the same preparation.
+        out: the folder; it must not exist, or be empty, or hold the same preparation. A link is followed.
         tokenizer: see `Preparation`.
         workers: processes that tokenise, default one per core, at most 24; the result does not depend on it.
         quiet: no progress bar.
@@ -58,27 +58,39 @@ def prepare(
     Raises:
         ConfigError: shares, tokenizer or workers make no sense.
         DataError: the source cannot be read, a domain is empty or missing in a split, splits overlap, `out` holds
-            something else, or the disk is full.
+            something else or is a mount point, another preparation of it was begun, or the disk is full.
     """
     if isinstance(source, str):
         source = Preparation(source=Source(name=source), tokenizer=tokenizer)
     if workers is not None and workers < 1:
         raise ConfigError(f"workers={workers}: must be at least 1 process")
-    out = Path(out)
+    out = Path(out).expanduser().resolve()
     with disk_errors(out):
         if (out / "corpus.json").exists():
             remove_leftover(out)
-            return _opened(out, source)
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise DataError(
-                f"out={out}: must not exist, be an empty folder, or hold the store of the same preparation; it holds "
-                f"something else; choose another --out"
-            )
-    if any(parent.exists() and not parent.is_dir() for parent in out.absolute().parents):
-        raise DataError(f"out={out}: must lie in a folder; a part of the path is a file; choose another --out")
-    with disk_errors(out), Workplace(out) as place:
-        _write(source, place, workers or _default_workers(), quiet)
+            return _opened(out, source.inputs())
+        _check_out(out)
+        inputs = source.inputs()
+        with Workplace(out) as place:
+            if (out / "corpus.json").exists():  # another process was faster
+                return _opened(out, inputs)
+            _write(inputs, place, workers or _default_workers(), quiet)
     return TokenStore.open(out)
+
+
+def _check_out(out: Path) -> None:
+    """Whether a store can appear at `out` by a rename: better said now than after hours."""
+    if any(parent.exists() and not parent.is_dir() for parent in out.parents):
+        raise DataError(f"out={out}: must lie in a folder; a part of the path is a file; choose another --out")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(
+            f"out={out}: must not exist, be an empty folder, or hold the store of the same preparation; it holds "
+            f"something else; choose another --out"
+        )
+    if os.path.ismount(out):
+        raise DataError(
+            f"out={out}: must not be a mount point; a store appears by a rename; name a folder inside it, {out}/NAME"
+        )
 
 
 def _default_workers() -> int:
@@ -87,20 +99,21 @@ def _default_workers() -> int:
     return min(cores, MOST_WORKERS)
 
 
-def _opened(out: Path, preparation: Preparation) -> TokenStore:
+def _opened(out: Path, inputs: Inputs) -> TokenStore:
     """The store that lies there already, if it is the one that would be written now."""
     try:
         store = TokenStore.open(out)
     except DataError as error:
         raise DataError(f"{error}; to do so in the same place, delete the folder {out} first") from error
-    record, wanted = store.record.get("preparation", {}), preparation.record()
+    record, wanted = store.record.get("preparation", {}), inputs.preparation.record()
     other = ", ".join(f"{name}={record.get(name)}" for name in wanted if record.get(name) != wanted[name])
     if other:
         raise DataError(
             f"out={out}: must hold the store of the same preparation, or nothing; it was prepared with {other}; "
             f"choose another --out"
         )
-    if change := first_change(store.record.get("files", []), preparation.files()):
+    files = read_json(out / FILES) if (out / FILES).exists() else store.record.get("files", [])  # it stood there once
+    if change := first_change(files, inputs.all_files()):
         raise DataError(
             f"out={out}: must hold a store of the same files; {change} since it was prepared; choose another --out, "
             f"or delete this one"
@@ -108,32 +121,32 @@ def _opened(out: Path, preparation: Preparation) -> TokenStore:
     return store
 
 
-def _write(preparation: Preparation, place: Workplace, workers: int, quiet: bool) -> None:
-    balanced, files = preparation.balanced(), preparation.files()
-    if problem := place.resume(preparation.record(), files):
-        _log.warning("%s: begun afresh; what an interrupted preparation had left is not used: %s", place.out, problem)
+def _write(inputs: Inputs, place: Workplace, workers: int, quiet: bool) -> None:
+    preparation, files = inputs.preparation, inputs.all_files()
+    place.resume(preparation.record(), files)
+    inputs = inputs.at_revisions(place.journal.get("revisions"))
     dropped, file = _Dropped(), place.store / "tokenizer.json"
     if not place.journal:
-        states = file_states(files, whole=balanced)
-        _write_tokenizer(preparation, file, dropped, balanced, quiet)
-        place.commit(preparation=preparation.record(), files=states, **_tokenizer_record(file))
+        write_json(place.store / FILES, file_states(files, whole=inputs.balanced()))
+        _write_tokenizer(inputs, file, dropped, quiet)
+        place.commit(preparation=preparation.record(), revisions=inputs.revisions, **_tokenizer_record(file))
     dtype = np.dtype(place.journal["dtype"])
     writer = ShardWriter(place.store, dtype, preparation.shard_bytes, place.journal.get("written"))
-    assignment = assign(preparation, dropped, place.journal.get("position"), _held_out(preparation, writer))
-    text_bytes = preparation.text_bytes()
+    assignment = assign(inputs, dropped, place.journal.get("position"), _held_out(preparation, writer))
+    text_bytes = inputs.text_bytes()
     if preparation.source.name == "pocket" or (text_bytes is not None and text_bytes < WORKERS_BYTES):
         workers = 1
-    _encode_all(assignment, writer, place, workers, Progress(preparation, assignment, writer, quiet))
+    _encode_all(assignment, writer, place, workers, Progress(inputs, assignment, writer, quiet))
     try:
         assignment.finish()
     except DataError:
-        place.discard()  # no command could go on from it
+        place.forget()  # no command could go on from it
         raise
     left_out = assignment.census.left_out
     record = {
         "format_version": FORMAT_VERSION,
         "preparation": preparation.record(),
-        "files": place.journal["files"],
+        "revisions": dict(inputs.revisions),
         "dtype": place.journal["dtype"],
         "tokenizer": place.journal["tokenizer"],
         "dropped": [{"name": domain, "reason": reason} for domain, reason in dropped.reasons.items()],
@@ -155,16 +168,17 @@ def _tokenizer_record(file: Path) -> dict[str, Any]:
     }
 
 
-def _write_tokenizer(preparation: Preparation, file: Path, dropped: "_Dropped", balanced: bool, quiet: bool) -> None:
+def _write_tokenizer(inputs: Inputs, file: Path, dropped: "_Dropped", quiet: bool) -> None:
     """Load the tokenizer, or train it: on all train documents of a small source, on a sample of a large one."""
-    if not preparation.tokenizer.startswith("train:"):
-        tokenizer = load_tokenizer(preparation.tokenizer)
-    elif balanced:
-        assignment = assign(preparation, dropped)
-        with Progress(preparation, assignment, None, quiet) as progress:
-            tokenizer = train_tokenizer(preparation.tokenizer, _train_documents(assignment, progress))
+    setting = inputs.preparation.tokenizer
+    if not setting.startswith("train:"):
+        tokenizer = load_tokenizer(setting)
+    elif inputs.balanced():
+        assignment = assign(inputs, dropped)
+        with Progress(inputs, assignment, None, quiet) as progress:
+            tokenizer = train_tokenizer(setting, _train_documents(assignment, progress))
     else:
-        tokenizer = train_tokenizer(preparation.tokenizer, sample(preparation))
+        tokenizer = train_tokenizer(setting, sample(inputs))
     with atomic_file(file) as content:
         content.write(tokenizer.to_str(pretty=True).encode())
 

@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-from acodm_env.corpus.preparation import Preparation
+from acodm_env.corpus.preparation import Inputs
 from acodm_env.corpus.shards import ShardWriter
 from acodm_env.corpus.splits import Assignment
 
@@ -11,9 +11,9 @@ from acodm_env.corpus.splits import Assignment
 class Progress:
     """A bar over the bytes of the source files, or over characters where there are none; a context manager."""
 
-    def __init__(self, preparation: Preparation, assignment: Assignment, writer: ShardWriter | None, quiet: bool):
+    def __init__(self, inputs: Inputs, assignment: Assignment, writer: ShardWriter | None, quiet: bool):
         self._assignment, self._writer, self._quiet = assignment, writer, quiet
-        self._total = sum(file.stat().st_size for file in preparation.source_files()) or None
+        self._total = sum(file.stat().st_size for file in inputs.source_files()) or None
         self._bar: Any = None
 
     def __enter__(self) -> "Progress":

@@ -60,6 +60,8 @@ class JsonLines:
             for _ in range(count):
                 content = self._lines.readline()
         except (OSError, EOFError, zlib.error) as error:
+            if getattr(error, "errno", None) is not None:  # not from decompressing
+                raise DataError(f"{self.file}: must be readable; {error}; check its disk") from error
             raise DataError(
                 f"{self.file}: must be whole compressed data; it cannot be decompressed ({error}): it was cut short, "
                 f"edited or is not what its ending says; copy or compress it again"

@@ -88,12 +88,11 @@ class MixtureSampler:
         self._cursors = cursors  # sequences drawn since the start, all epochs
         self._orders = [Order(int(size), self.seed, stream) for size, stream in zip(self.sizes, streams, strict=True)]
 
-    def draw(self, weights: Array, masked: NDArray[np.bool_] | None = None, *, rows: slice = _ALL) -> Batch:
+    def draw(self, weights: Array, *, rows: slice = _ALL) -> Batch:
         """The next batch.
 
         Args:
             weights: mixture (K,).
-            masked: bool (K,), domains that get nothing and lose what they were owed; None masks none.
             rows: which of the batch's rows are read and returned: process r of n takes slice(r, None, n).
 
         Raises:
@@ -101,7 +100,7 @@ class MixtureSampler:
         """
         before = self._composer.state_dict()
         try:
-            counts = self._composer.compose(weights, self.batch_size, masked)  # (K,)
+            counts = self._composer.compose(weights, self.batch_size)  # (K,)
             tokens, nth = self._read(counts, np.arange(self.batch_size)[rows])
         except BaseException:  # also when interrupted: a checkpoint written after that must not have lost a batch
             self._composer.load_state_dict(before)

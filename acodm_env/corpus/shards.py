@@ -82,11 +82,6 @@ class ShardWriter:
         """Token ids written in all."""
         return sum(output.tokens for output in self._outputs)
 
-    @property
-    def documents(self) -> int:
-        """Documents written in all."""
-        return sum(output.documents for output in self._outputs)
-
     def append(self, domain: str, split: str, hashes: Sequence[int], tokens: bytes) -> None:
         """Append documents of one domain and split.
 

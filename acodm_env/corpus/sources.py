@@ -5,7 +5,7 @@ sub-folder. One document is in memory at a time, never a whole corpus.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,7 +14,16 @@ from typing import Any
 import numpy as np
 
 from acodm_env.corpus.pocket import Dropped
-from acodm_env.corpus.streams import ENDINGS, Document, FileStream, HubStream, PocketStream, Stream, ending_of
+from acodm_env.corpus.streams import (
+    ENDINGS,
+    Document,
+    FileStream,
+    HubStream,
+    PocketStream,
+    Stream,
+    ending_of,
+    hub_revision,
+)
 from acodm_env.errors import DataError
 from acodm_env.hub import looks_local
 
@@ -34,12 +43,21 @@ class Source:
     text_field: str = "text"
     """Dotted name of the text's field."""
 
-    def open(self, start: Mapping[str, Any] | None = None, on_dropped: Dropped | None = None) -> Stream:
+    def open(
+        self,
+        start: Mapping[str, Any] | None = None,
+        on_dropped: Dropped | None = None,
+        *,
+        files: Sequence[Path] | None = None,
+        revision: str | None = None,
+    ) -> Stream:
         """The documents in a fixed order: files by name, records as they stand.
 
         Args:
             start: a position of an earlier stream, to go on from there; default the beginning.
             on_dropped: called for a domain of "pocket" that this installation lacks.
+            files: what `files_of` gave; default: they are listed here.
+            revision: of a hub data set, the commit to read; default: the one that it is at.
 
         Raises:
             DataError: here or while reading: nothing there, no readable file, a file that is not whole or malformed,
@@ -47,21 +65,21 @@ class Source:
         """
         if self.name == "pocket":
             return PocketStream(on_dropped)
-        files = files_of(self.name)
+        files = files_of(self.name) if files is None else files
         if not files:
-            return HubStream(self.name, self._document, start)
+            return HubStream(self.name, revision or hub_revision(self.name), self._document, start)
         root = Path(self.name).expanduser()
         if self.domain_field is None:
             _check_folders(root, files)
         return FileStream(root, files, self._document, start)
 
-    def sample(self) -> Iterator[Document]:
+    def sample(self, files: Sequence[Path] | None = None, revision: str | None = None) -> Iterator[Document]:
         """Documents from the beginnings of files taken evenly from each sub-folder; of the hub, its first ones."""
-        files = files_of(self.name)
+        files = files_of(self.name) if files is None else files
         root = Path(self.name).expanduser()
         chosen = _evenly_by_folder(root, files)
         streams: list[Stream] = [FileStream(root, [file], self._document, None) for file in chosen]
-        for stream in streams if files else [self.open()]:
+        for stream in streams if files else [self.open(files=files, revision=revision)]:
             budget = SAMPLE_READ_CHARS // max(1, len(streams))
             for document in stream:
                 yield document
@@ -109,7 +127,7 @@ def files_of(source: str) -> list[Path]:
     return sorted(files, key=lambda file: file.relative_to(path).as_posix())
 
 
-def _check_folders(root: Path, files: list[Path]) -> None:
+def _check_folders(root: Path, files: Sequence[Path]) -> None:
     """Where sub-folders are domains, none may be empty."""
     filled = {file.relative_to(root).parts[0] for file in files if file != root}
     for folder in sorted(root.iterdir()) if root.is_dir() else ():
@@ -120,7 +138,7 @@ def _check_folders(root: Path, files: list[Path]) -> None:
             )
 
 
-def _evenly_by_folder(root: Path, files: list[Path]) -> list[Path]:
+def _evenly_by_folder(root: Path, files: Sequence[Path]) -> list[Path]:
     """About `SAMPLE_FILES` files, from every sub-folder its share and at least one."""
     folders: dict[str, list[Path]] = {}
     for file in files:

@@ -18,12 +18,14 @@ from numpy.typing import NDArray
 
 from acodm_env.corpus.census import Census
 from acodm_env.corpus.pocket import Dropped
-from acodm_env.corpus.preparation import Preparation
+from acodm_env.corpus.preparation import Inputs
 from acodm_env.corpus.streams import Document, Stream
 from acodm_env.errors import DataError
 
 HELD_OUT_DOCUMENTS = 1 << 26
 """Documents that the user's own validation and test may hold in all: 8 bytes of memory each."""
+BALANCED_DOCUMENTS = 1 << 23
+"""Different documents that may be shared out evenly: the hash and split of each are kept in memory."""
 
 
 class Assigned(NamedTuple):
@@ -45,10 +47,10 @@ class Assignment(ABC):
     `finish` is for when all have been handed out.
     """
 
-    def __init__(self, preparation: Preparation, on_dropped: Dropped | None = None):
-        self._sources = preparation.sources()
-        self._on_dropped = on_dropped
-        self._shares = preparation.shares()
+    def __init__(self, inputs: Inputs, on_dropped: Dropped | None = None):
+        self._inputs, self._on_dropped = inputs, on_dropped
+        self._sources = inputs.preparation.sources()
+        self._shares = inputs.preparation.shares()
         self._stream: Stream | None = None
         self._bytes_before = 0
         self.census = Census({name: source.name for name, source in self._sources.items()})
@@ -80,7 +82,7 @@ class Assignment(ABC):
 
     def _documents(self, given_as: str, start: Mapping[str, Any] | None = None) -> Iterator[tuple[int, Document]]:
         """Documents of one source that hold text, counted, with their hashes."""
-        self._stream = self._sources[given_as].open(start, self._on_dropped)
+        self._stream = self._inputs.open(given_as, start, self._on_dropped)
         for document in self._stream:
             if self.census.count(given_as, document):
                 yield document_hash(document.text), document
@@ -89,7 +91,7 @@ class Assignment(ABC):
 
 
 def assign(
-    preparation: Preparation,
+    inputs: Inputs,
     on_dropped: Dropped | None = None,
     state: Mapping[str, Any] | None = None,
     held_out: Mapping[str, NDArray[np.uint64]] | None = None,
@@ -97,14 +99,14 @@ def assign(
     """How the documents of a preparation are assigned.
 
     Args:
-        preparation: the sources and shares.
+        inputs: the sources and shares.
         on_dropped: called for a domain of "pocket" that this installation lacks.
         state: an earlier assignment's `state()`, to go on from there.
         held_out: with `state`, the hashes of what went into "validation" and "test" before.
     """
-    if preparation.balanced():
-        return _Balanced(preparation, on_dropped, state)
-    return _Hashed(preparation, on_dropped, state, held_out)
+    if inputs.balanced():
+        return _Balanced(inputs, on_dropped, state)
+    return _Hashed(inputs, on_dropped, state, held_out)
 
 
 class _Balanced(Assignment):
@@ -114,8 +116,8 @@ class _Balanced(Assignment):
     its first copy, and so no document stands in two splits. Going on means reading again what was read.
     """
 
-    def __init__(self, preparation: Preparation, on_dropped: Dropped | None, state: Mapping[str, Any] | None):
-        super().__init__(preparation, on_dropped)
+    def __init__(self, inputs: Inputs, on_dropped: Dropped | None, state: Mapping[str, Any] | None):
+        super().__init__(inputs, on_dropped)
         self._splitter = _Splitter(self._shares)
         self._count = 0
         self._skipped = int(state["documents"]) if state else 0
@@ -136,6 +138,12 @@ class _Balanced(Assignment):
                     split = self._splitter.split(digest, document)
                 else:
                     split = owners[digest] = given_as
+                if len(owners) + self._splitter.documents > BALANCED_DOCUMENTS:
+                    raise DataError(
+                        f"{given_as}={self._sources[given_as].name}: must hold at most {BALANCED_DOCUMENTS:,} "
+                        f"documents in up to 256 MB of text, all splits together; it holds more: their hashes are "
+                        f"kept in memory; join short texts into longer documents"
+                    )
                 self.census.splits[document.domain, split] += 1
                 yield Assigned(split, digest, document)
 
@@ -152,12 +160,12 @@ class _Hashed(Assignment):
 
     def __init__(
         self,
-        preparation: Preparation,
+        inputs: Inputs,
         on_dropped: Dropped | None,
         state: Mapping[str, Any] | None,
         held_out: Mapping[str, NDArray[np.uint64]] | None,
     ):
-        super().__init__(preparation, on_dropped)
+        super().__init__(inputs, on_dropped)
         self._given_as = str(state["given_as"]) if state else self._order()[0]
         self._start = state["position"] if state else None
         self._held_out = {name: array("Q", np.asarray(own).tobytes()) for name, own in (held_out or {}).items()}
@@ -169,7 +177,7 @@ class _Hashed(Assignment):
         order = self._order()
         for given_as in order[order.index(self._given_as) :]:
             self._given_as = given_as
-            known = {name: self._sorted(name) for name in order[: order.index(given_as)]}
+            known = {name: self._sorted(name) for name in order[: order.index(given_as)]}  # these are complete
             for digest, document in self._documents(given_as, self._start):
                 if earlier := next((name for name, hashes in known.items() if _contains(hashes, digest)), None):
                     self.census.left_out[earlier, given_as] += 1
@@ -200,7 +208,9 @@ class _Hashed(Assignment):
             )
 
     def _sorted(self, split: str) -> NDArray[np.uint64]:
-        return np.sort(np.frombuffer(self._held_out.get(split, array("Q")), dtype=np.uint64))
+        hashes = np.frombuffer(self._held_out.get(split, array("Q")), dtype=np.uint64)
+        hashes.sort()  # in place: there is no second copy of them
+        return hashes
 
 
 def split_of(digest: int, shares: Mapping[str, float]) -> str:
@@ -213,10 +223,10 @@ def split_of(digest: int, shares: Mapping[str, float]) -> str:
     return next(reversed(list(shares)))
 
 
-def sample(preparation: Preparation) -> Iterator[Document]:
+def sample(inputs: Inputs) -> Iterator[Document]:
     """Train documents from which a tokenizer is trained when there are too many to read them all twice."""
-    shares = preparation.shares()
-    for document in preparation.source.sample():
+    shares = inputs.preparation.shares()
+    for document in inputs.sample():
         if document.text.strip() and split_of(document_hash(document.text), shares) == "train":
             yield document
 
@@ -233,6 +243,11 @@ class _Splitter:
     shares: dict[str, float]
     _done: dict[str, dict[str, float]] = field(default_factory=dict)
     _seen: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def documents(self) -> int:
+        """Different documents so far."""
+        return len(self._seen)
 
     def split(self, digest: int, document: Document) -> str:
         """The split of a document."""

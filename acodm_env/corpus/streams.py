@@ -18,6 +18,7 @@ from acodm_env.hub import require_hub
 READERS = {**dict.fromkeys(JSON_LINES, "json"), ".parquet": "parquet", ".arrow": "arrow"}
 """Accepted endings, and the kind of reader."""
 ENDINGS = tuple(READERS)
+_REMEDY = "download the data elsewhere, copy its files here and give their folder instead"
 _PARQUET_ROWS = 256  # decoded at a time; by default a whole row group, which may be gigabytes
 
 
@@ -77,7 +78,6 @@ class FileStream(Stream):
     def __init__(self, root: Path, files: Sequence[Path], to_document: ToDocument, start: Mapping[str, Any] | None):
         self._root, self._files, self._to_document = root, files, to_document
         self._place = _Place(**start) if start else _Place()
-        self._reader: JsonLines | None = None
         self._sizes = [file.stat().st_size for file in files]
 
     def __iter__(self) -> Iterator[Document]:
@@ -129,21 +129,17 @@ class FileStream(Stream):
 class HubStream(Stream):
     """A split of a data set on the hub, read while it is downloaded."""
 
-    def __init__(self, name: str, to_document: ToDocument, start: Mapping[str, Any] | None):
-        self._name, self._to_document = name, to_document
-        self._start, self._revision, self._number = None, None, 0
-        if start:
-            self._start, self._revision, self._number = start["state"], start["revision"], int(start["number"])
+    def __init__(self, name: str, revision: str, to_document: ToDocument, start: Mapping[str, Any] | None):
+        self._name, self._revision, self._to_document = name, revision, to_document
+        self._start: Any = start["state"] if start else None
+        self._number = int(start["number"]) if start else 0
         self._rows: Any = None
 
     def __iter__(self) -> Iterator[Document]:
         import datasets
 
-        remedy = "download the data elsewhere, copy its files here and give their folder instead"
-        require_hub("source", self._name, remedy)
         name, configuration, split = hub_parts(self._name)
-        try:
-            self._revision = self._revision or _revision(name)  # what is uploaded meanwhile is not for this stream
+        with _hub_errors(self._name):
             self._rows = datasets.load_dataset(
                 name, configuration, split=split, revision=self._revision, streaming=True
             )
@@ -152,18 +148,11 @@ class HubStream(Stream):
             for record in self._rows:
                 self._number += 1
                 yield self._to_document(record, None, f"record {self._number} of {self._name}")
-        except AcodmError:
-            raise
-        except Exception as error:  # datasets, fsspec and the HTTP libraries each raise their own kinds
-            raise DataError(
-                f"source={self._name}: must be a hub data set with a split '{split}', while there is a network; "
-                f"{first_line(error)}; if it was interrupted, run the same command again to go on; else {remedy}"
-            ) from error
 
     def position(self) -> dict[str, Any]:
-        """State of the iterator, commit of the data set, and the number of records behind it."""
+        """State of the iterator, and the number of records behind it."""
         state = self._start if self._rows is None else self._rows.state_dict()
-        return {"state": state, "revision": self._revision, "number": self._number}
+        return {"state": state, "number": self._number}
 
 
 def hub_parts(name: str) -> tuple[str, str | None, str]:
@@ -173,11 +162,35 @@ def hub_parts(name: str) -> tuple[str, str | None, str]:
     return data_set, configuration or None, split or "train"
 
 
-def _revision(name: str) -> str | None:
-    """The commit that a data set on the hub is at."""
+def hub_revision(name: str) -> str:
+    """The commit that a data set on the hub is at.
+
+    Raises:
+        DataError: the hub cannot be reached, or has no such data set.
+    """
+    require_hub("source", name, _REMEDY)
+    with _hub_errors(name):
+        return _revision(hub_parts(name)[0])
+
+
+def _revision(data_set: str) -> str:
     import huggingface_hub
 
-    return huggingface_hub.HfApi().dataset_info(name).sha
+    return str(huggingface_hub.HfApi().dataset_info(data_set).sha)
+
+
+@contextmanager
+def _hub_errors(name: str) -> Iterator[None]:
+    """Say what may be wrong with a hub name, whatever was raised."""
+    try:
+        yield
+    except AcodmError:
+        raise
+    except Exception as error:  # datasets, fsspec and the HTTP libraries each raise their own kinds
+        raise DataError(
+            f"source={name}: must be a hub data set with a split '{hub_parts(name)[2]}', while there is a network; "
+            f"{first_line(error)}; if it was interrupted, run the same command again to go on; else {_REMEDY}"
+        ) from error
 
 
 def ending_of(file: Path) -> str:

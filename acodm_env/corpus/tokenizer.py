@@ -84,10 +84,9 @@ def load_tokenizer(name: str) -> "Tokenizer":
     """
     from tokenizers import Tokenizer
 
-    path = Path(name).expanduser()
-    file = path / "tokenizer.json" if path.is_dir() else path
+    file = tokenizer_file(name)
     if not file.is_file():
-        if path.is_dir() or looks_local(name, (".json",)):
+        if Path(name).expanduser().is_dir() or looks_local(name, (".json",)):
             raise DataError(
                 f"tokenizer={name}: must be an existing tokenizer.json; nothing is there; check the path, or train "
                 f"one with train:2048"
@@ -100,6 +99,12 @@ def load_tokenizer(name: str) -> "Tokenizer":
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def tokenizer_file(name: str) -> Path:
+    """The file that a tokenizer is read from if its name is a path, of a file or of a folder with a tokenizer.json."""
+    path = Path(name).expanduser()
+    return path / "tokenizer.json" if path.is_dir() else path
 
 
 def _from_hub(name: str) -> Path:
@@ -143,8 +148,8 @@ def vocab_size(tokenizer: "Tokenizer") -> int:
 def encode(tokenizer: "Tokenizer", texts: Sequence[str], end: int) -> Iterator[list[int]]:
     """Ids of each text. A special token spelled out in a text is text like any other: only we write the id `end`.
 
-    Encoding takes about 200 bytes of memory a character, so a text of more than `LONGEST_CHARS` is encoded in
-    parts, cut at line ends where there are any.
+    Encoding takes many times the memory of a text, so one of more than `LONGEST_CHARS` is encoded in parts, cut at
+    line ends where there are any.
     """
     tokenizer.encode_special_tokens = True
     if any(len(text) > LONGEST_CHARS for text in texts):

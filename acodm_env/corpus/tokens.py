@@ -9,14 +9,15 @@ the maps. What lies in a store's folder::
     train/00-python.documents        uint64 hashes of the documents, in their order
     validation/…, test/…
 
-A domain's tokens are one stream cut into shards of one size; a sequence never spans two of them. What is compared
-on opening is in `integrity`: a corpus whose held-out text was trained on is refused (method: train and test shards
-swapped is a known defect).
+A domain's tokens are one stream cut into shards of one size; a sequence never spans two of them. A corpus whose
+held-out text was trained on is refused (method: train and test shards swapped is a known defect): up to 1 GiB on
+opening, larger ones by `verify` (`integrity`). files.json, which `prepare` alone reads, lists the source files.
 """
 
 import hashlib
 import mmap
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -39,6 +40,8 @@ from acodm_env.files import read_json
 __all__ = ["FORMAT_VERSION", "SPLITS", "TokenStore", "fingerprint", "token_dtype"]
 
 FORMAT_VERSION = 2
+MAX_MAPS = 256
+"""Shards that the process has mapped at a time, of all stores: each map holds a file descriptor."""
 
 _verified: set[tuple[tuple[str, int, int], ...]] = set()  # (file, size, mtime_ns) of the stores checked already
 
@@ -73,7 +76,6 @@ class TokenStore:
         self.end_of_document = int(record["tokenizer"]["end_of_document"])
         self.fingerprint = str(record["fingerprint"])
         self.dtype = np.dtype(record["dtype"])
-        self._maps: dict[str, NDArray[Any]] = {}
         self._bounds: dict[tuple[str, int, int], NDArray[np.int64]] = {}
 
     @classmethod
@@ -141,10 +143,13 @@ class TokenStore:
         Raises:
             ConfigError: no such domain or split.
         """
-        shards = [self._map(shard) for shard in self._part(split, self._index(domain))["shards"]]
-        if len(shards) == 1:
-            return shards[0]
-        flat = np.concatenate(shards)
+        part = self._part(split, self._index(domain))
+        if len(part["shards"]) == 1:
+            return self._map(part["shards"][0])
+        flat, end = np.empty(int(part["tokens"]), dtype=self.dtype), 0
+        for shard in part["shards"]:  # one after the other: there may be more than a process may hold open
+            begin, end = end, end + int(shard["tokens"])
+            flat[begin:end] = self._map(shard)
         flat.flags.writeable = False
         return flat
 
@@ -244,15 +249,7 @@ class TokenStore:
         return flat[: count * sequence_length].reshape(count, sequence_length)
 
     def _map(self, shard: Mapping[str, Any]) -> NDArray[Any]:
-        name = str(shard["file"])
-        if name not in self._maps:
-            with (self.path / name).open("rb") as file:
-                memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            if hasattr(mmap, "MADV_RANDOM"):
-                memory.madvise(mmap.MADV_RANDOM)  # the kernel would read megabytes around every sequence
-            # A plain array: indexing a memmap object costs several times as much.
-            self._maps[name] = np.frombuffer(memory, dtype=self.dtype)
-        return self._maps[name]
+        return _mapped(f"{self.path}/{shard['file']}", self.dtype, shard["sha256"])
 
     def _check(self, *, whole: bool, again: bool = False) -> None:
         """Compare files and record; `again` trusts what was compared when the store was first opened."""
@@ -264,7 +261,9 @@ class TokenStore:
         check_edges(files)
         if whole or sum(file.num_bytes for file in files) <= WHOLE_BYTES:
             check_content(files)
-            self._check_splits()
+            check_disjoint(self.path, self.domains, self.document_hashes)
+        else:
+            check_content(files[:1])  # the tokenizer: it is small, and an edited one changes what every id means
         if fingerprint(self.record) != self.fingerprint:
             raise DataError(
                 f"{self.path / 'corpus.json'}: must match its fingerprint {self.fingerprint[:12]}…; domain names or "
@@ -272,10 +271,16 @@ class TokenStore:
             )
         _verified.add(state)
 
-    def _check_splits(self) -> None:
-        indices = range(len(self.domains))
-        hashes = {split: [self.document_hashes(split, index) for index in indices] for split in SPLITS}
-        check_disjoint(self.path, self.domains, hashes)
+
+@lru_cache(maxsize=MAX_MAPS)
+def _mapped(file: str, dtype: "np.dtype[Any]", checksum: str) -> NDArray[Any]:
+    """A shard's token ids (N,), memory-mapped; `checksum` keeps apart what lay at the same path one after the other."""
+    with Path(file).open("rb") as content:
+        memory = mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_READ)
+    if hasattr(mmap, "MADV_RANDOM"):
+        memory.madvise(mmap.MADV_RANDOM)  # the kernel would read megabytes around every sequence
+    # A plain array: indexing a memmap object costs several times as much.
+    return np.frombuffer(memory, dtype=dtype)
 
 
 def _reopen(path: str, domains: tuple[str, ...], fingerprint: str) -> TokenStore:

@@ -2,59 +2,62 @@
 
 For `out` that is the folder `.NAME.partial` beside it::
 
+    .lock           held while a process is at it; .holder.json says which
     store/          becomes `out` by a rename
-    journal.json    what was committed: settings, source files, position, lengths of the files in store/
+    journal.json    what was committed: settings, position, lengths of the files in store/
 
 The journal is replaced atomically, after what it describes was synced. Whatever lies in store/ beyond it is dropped
-when the preparation goes on, and read again.
+when the preparation goes on, and read again. What was committed is only ever removed by the user.
 """
 
 import errno
-import os
 import shutil
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Self
 
-from acodm_env.corpus.origins import first_change
+from acodm_env.corpus.origins import FILES, first_change
 from acodm_env.errors import DataError
 from acodm_env.files import disk_errors, read_json, write_json
+from acodm_env.lock import claimed
 
-JOURNAL_VERSION = 1
+JOURNAL_VERSION = 2
 COMMIT_SECONDS = 5.0
-"""At most so much work is lost by a kill."""
+"""Least time between two commits; a kill loses the work since the last one and the batches under way."""
 
 
 class Workplace:
-    """The locked partial folder of a preparation; a context manager."""
+    """The claimed partial folder of a preparation; a context manager."""
 
     def __init__(self, out: Path):
-        """Take the place for `out`.
-
-        Raises:
-            DataError: another process is at it, or the folder cannot be written.
-        """
-        self.out = out.absolute()
-        self.folder = self.out.with_name(f".{self.out.name}.partial")
+        """Name the place for `out`, an absolute path."""
+        self.out = out
+        self.folder = _partial(out)
         self.store = self.folder / "store"
         self.journal: dict[str, Any] = {}
         """What was committed last; empty in a new place."""
-        with disk_errors(out):
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            self._handle = _locked(self.folder, self.out)
-        self._last = time.monotonic()
 
     def __enter__(self) -> Self:
+        """Take it.
+
+        Raises:
+            DataError: another process is at it, the folder cannot be written, or its journal cannot be read.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(claimed(self.out, at=self.folder))
+            if (self.folder / "journal.json").is_file():
+                self.journal = self._read()
+            self._claim = stack.pop_all()
+        self._last = time.monotonic()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         documents = self.documents
-        if not documents:
-            self.discard()
-        if self._handle is not None:
-            os.close(self._handle)
+        with self._claim:
+            if not documents:
+                shutil.rmtree(self.folder, ignore_errors=True)
         cause = error.__cause__ if isinstance(error, DataError) else error
         if documents and isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DataError(
@@ -68,32 +71,41 @@ class Workplace:
         outputs = (self.journal.get("written") or {}).get("outputs", [])
         return sum(int(output["documents"]) for output in outputs)
 
-    def resume(self, preparation: Mapping[str, Any], files: list[Path]) -> str | None:
-        """Read the journal of an earlier run, if it was one of the same preparation; else begin afresh.
+    def resume(self, preparation: Mapping[str, Any], files: list[Path]) -> None:
+        """Go on with what is committed, if it is of the same preparation; with nothing committed, begin afresh.
 
-        Returns:
-            Why what was there could not be used, if something was.
+        Raises:
+            DataError: documents of another preparation are committed.
         """
-        journal: dict[str, Any] = {}
-        problem = None
-        if (self.folder / "journal.json").is_file():
-            journal, problem = self._read(preparation, files)
-        if problem or not journal:
-            shutil.rmtree(self.store, ignore_errors=True)
+        problem = self._difference(preparation, files) if self.journal else None
+        if problem and self.documents:
+            raise DataError(
+                f"out={self.out}: must be prepared to its end as it was begun; {problem}; {self.documents:,} documents "
+                f"are committed in {self.folder}; give the former settings and files to go on (a file in which a line "
+                f"was corrected is another one), or delete {self.folder} to begin afresh"
+            )
+        if problem or not self.journal:
+            self.journal = {}
             (self.folder / "journal.json").unlink(missing_ok=True)
-            journal = {}
-        self.journal = journal
+            if self.store.exists():
+                shutil.rmtree(self.store)
         self.store.mkdir(exist_ok=True)
-        return problem
 
-    def _read(self, preparation: Mapping[str, Any], files: list[Path]) -> tuple[dict[str, Any], str | None]:
+    def _read(self) -> dict[str, Any]:
         try:
-            journal = read_json(self.folder / "journal.json")
+            journal: dict[str, Any] = read_json(self.folder / "journal.json")
         except DataError as error:
-            return {}, str(error)
-        if journal.get("version") != JOURNAL_VERSION or journal.get("preparation") != dict(preparation):
-            return {}, "it had other settings"
-        return journal, first_change(journal["files"], files)
+            raise DataError(f"{error}; delete {self.folder} to begin afresh") from error
+        return journal
+
+    def _difference(self, preparation: Mapping[str, Any], files: list[Path]) -> str | None:
+        if self.journal.get("version") != JOURNAL_VERSION:
+            return "another version of this package began it"
+        before = self.journal["preparation"]
+        if other := [name for name in preparation if before.get(name) != preparation[name]]:
+            return "it was begun with " + ", ".join(f"{name}={before.get(name)}" for name in other)
+        change = first_change(read_json(self.store / FILES), files)
+        return f"{change} since it was begun" if change else None
 
     def due(self) -> bool:
         """Whether it is time to commit."""
@@ -106,62 +118,24 @@ class Workplace:
         self._last = time.monotonic()
 
     def publish(self) -> None:
-        """Make the store appear as `out`."""
-        for folder in (self.store, self.folder):
-            folder.chmod(0o755)
+        """Make the store appear as `out`; what is left here goes at the end of the block."""
         with suppress(FileNotFoundError):
             self.out.rmdir()  # it may be an empty folder
         self.store.rename(self.out)
-        self.discard()
+        self.forget()
 
-    def discard(self) -> None:
-        """Remove the partial folder."""
+    def forget(self) -> None:
+        """Have nothing committed: the folder is removed at the end of the block."""
         self.journal = {}
-        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def remove_leftover(out: Path) -> None:
     """Remove the partial folder of a run that was killed after `out` had appeared."""
-    folder = out.absolute().with_name(f".{out.absolute().name}.partial")
-    if folder.is_dir() and (handle := _lock(folder)) is not None:
-        if not (folder / "store").exists():
+    folder = _partial(out)
+    if folder.is_dir() and not (folder / "store").exists():
+        with suppress(DataError), disk_errors(folder), claimed(out, at=folder):  # whoever has it removes it
             shutil.rmtree(folder, ignore_errors=True)
-        os.close(handle)
 
 
-def _locked(folder: Path, out: Path) -> int | None:
-    """Create and lock the folder; a run that ends may remove it in between."""
-    while True:
-        folder.mkdir(exist_ok=True)
-        try:
-            import fcntl  # noqa: F401 (no such locks on some systems)
-        except ImportError:
-            return None
-        handle = _lock(folder)
-        if handle is None:
-            raise DataError(
-                f"out={out}: must not be written by another process at the same time; one that runs now holds "
-                f"{folder}; wait for it, or choose another --out"
-            )
-        with suppress(FileNotFoundError):
-            if os.fstat(handle).st_ino == folder.stat().st_ino:
-                return handle
-        os.close(handle)
-
-
-def _lock(folder: Path) -> int | None:
-    """Lock a folder until the descriptor returned is closed or the process ends; None if that cannot be done."""
-    try:
-        import fcntl
-    except ImportError:  # no such locks on this system
-        return None
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # held by a live run
-        os.close(handle)
-        return None
-    return handle
+def _partial(out: Path) -> Path:
+    return out.with_name(f".{out.name}.partial")

@@ -1,6 +1,7 @@
 """The code of docs/how-to/your-own-loop.md runs as it stands, and is short."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -28,5 +29,12 @@ def test_the_documented_code_runs(tiny_corpus, tmp_path, monkeypatch):
     assert names["step"] == 9
     assert names["dataset"].weights.argmax() == list(names["store"].domains).index("verbs")
     assert names["trainer"].state.global_step == 20
-    assert (tmp_path / "runs" / "trainer" / "checkpoint-20" / "trainer_state.json").is_file()
+    data = names["trainer"].mixed_data.state_dict()["loader"]
+    assert (data["given"], sum(data["sampler"]["cursors"])) == (20, 20 * 16)
+    last = tmp_path / "runs" / "trainer" / "checkpoint-20"
+    assert (last / "trainer_state.json").is_file()
+    shutil.rmtree(last)  # as if it had been killed at step 15
     names["trainer"].train(resume_from_checkpoint=True)
+    assert names["trainer"].state.global_step == 20
+    data = names["trainer"].mixed_data.state_dict()["loader"]
+    assert (data["given"], sum(data["sampler"]["cursors"])) == (20, 20 * 16)

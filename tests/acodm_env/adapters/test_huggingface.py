@@ -12,6 +12,10 @@ from acodm_env.adapters.huggingface import MixtureCallback, MixtureTrainer
 from acodm_env.agents.baselines import make_mixer
 from acodm_env.corpus.sampler import MixtureSampler
 from acodm_env.errors import ConfigError, DataError
+from acodm_env.interaction import InteractionConfig
+from acodm_env.mixture import ActionMap, Bounds
+from acodm_env.observation import Observer
+from acodm_env.policy import Policy, PolicyMixer
 from acodm_env.trainer import Mixer
 
 LENGTH, STEPS = 32, 8
@@ -236,13 +240,45 @@ def test_a_named_mixer_of_this_package(tiny_store, tmp_path):
     assert not np.allclose(trainer.mixed_data.mixer.weights(), 1 / 3, atol=1e-4)
 
 
-def test_a_state_that_is_saved_inside_a_decisions_window_is_refused(tiny_store, tmp_path):
-    class Windowed(Scripted):
-        def state_dict(self):
-            raise ValueError("a policy's state can be saved at a decision only, not inside a window")
+def make_policy(info):
+    """A policy of random weights that reads losses, shares and progress."""
+    layout = Observer(info, ("loss", "sample_share", "progress")).layout
+    width = sum(size for _, size in layout)
+    weight = np.random.default_rng(0).normal(size=(info.num_domains, width)).astype(np.float32)
+    return Policy(
+        domains=info.domains,
+        fields=layout,
+        mean=np.zeros(width),
+        scale=np.ones(width),
+        clip=10.0,
+        layers=((weight, np.zeros(info.num_domains, np.float32), "tanh"),),
+        action=ActionMap(),
+        bounds=Bounds(),
+        interaction=InteractionConfig(),
+        decision_every=info.decision_every,
+        horizon=info.horizon,
+    )
 
-    with pytest.raises(ConfigError, match="save_steps: must be a multiple of decision_every"):
-        make_trainer(tiny_store, tmp_path, mixer=Windowed()).train()
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_a_policys_run_that_was_saved_between_two_decisions_is_resumed_exactly(tiny_store, tmp_path, prefetch):
+    mixing = {"decision_every": 4, "prefetch": prefetch}  # saved at step 3 and step 6
+    info = make_trainer(tiny_store, tmp_path, mixing=mixing).mixed_data.info
+    policy = make_policy(info)
+    whole = make_trainer(tiny_store, tmp_path / "a", mixer=PolicyMixer(policy), mixing=mixing)
+    whole.train()
+    saved = whole.mixed_data.state_dict()
+    for step in (3, 6):
+        state = json.loads((tmp_path / "a" / f"checkpoint-{step}" / "trainer_state.json").read_text())
+        window = state["stateful_callbacks"]["MixtureCallback"]["attributes"]["saved"]["mixer"]["window"]
+        assert window["step"] == step
+        resumed = make_trainer(tiny_store, tmp_path / "b", mixer=PolicyMixer(policy), mixing=mixing)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "a" / f"checkpoint-{step}"))
+        assert_equal(final_weights(resumed), final_weights(whole))
+        again = resumed.mixed_data.state_dict()
+        assert (again["mixer"]["weights"] == saved["mixer"]["weights"]).all()
+        assert again["loader"]["sampler"]["cursors"] == saved["loader"]["sampler"]["cursors"]
+    assert not np.allclose(saved["mixer"]["weights"], 1 / 3, atol=1e-3)
 
 
 def test_bad_settings_are_refused(tiny_store, tmp_path):

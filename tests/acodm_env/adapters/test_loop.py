@@ -10,6 +10,7 @@ import torch
 
 from acodm_env.adapters.loop import MixedData
 from acodm_env.agents.baselines import make_mixer
+from acodm_env.corpus.loader import Loader
 from acodm_env.corpus.sampler import MixtureSampler
 from acodm_env.errors import ConfigError, DataError
 from acodm_env.files import read_state, write_state
@@ -82,6 +83,26 @@ def test_what_was_reported_composes_the_next_batch_or_prefetch_later(tiny_store,
     assert np.array_equal(requested, expected)
     assert not np.array_equal(given[0], given[-1])
     data.loader.close()
+
+
+def test_the_age_is_that_of_the_mixture_that_composed_the_batch(tiny_store):
+    """Whatever the run was told of its lag."""
+    data = MixedData(tiny_store, ByLoss(), **SETTINGS)
+    data.loader = Loader(data.loader.sampler, prefetch=2)
+    seen = [data.report(losses_of(data.draw())) for _ in range(5)]
+    assert [stats.decision for stats in seen] == [-1, -1, 0, 1, 2]
+    assert [stats.mixture_age for stats in seen[2:]] == [2.0, 2.0, 2.0]
+    data.loader.close()
+
+
+def test_a_state_between_draw_and_report_would_lose_a_batch(tiny_store):
+    data = MixedData(tiny_store, ByLoss(), **SETTINGS)
+    before = data.state_dict()
+    batch = data.draw()
+    with pytest.raises(RuntimeError, match=r"state_dict\(\) needs the losses .* call report\(\) first"):
+        data.state_dict()
+    data.report(losses_of(batch))
+    assert data.state_dict()["steps"] == before["steps"] + 1
 
 
 class Meeting:

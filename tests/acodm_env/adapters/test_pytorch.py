@@ -76,6 +76,17 @@ def test_resume_is_exact(tiny_store, prefetch):
     assert all(map(torch.equal, draw(first, range(5, 12)), expected[5:]))
 
 
+def test_resumed_weights_are_those_that_were_set_to_the_bit(tiny_store):
+    for seed in range(50):  # normalised again, some of them change
+        dataset, again = (
+            make_dataset(tiny_store, weights=np.random.default_rng(seed).random(3)),
+            make_dataset(tiny_store),
+        )
+        again.load_state_dict(dataset.state_dict())
+        assert (again.weights == dataset.weights).all()
+        assert (next(iter(again))["input_ids"] == next(iter(dataset))["input_ids"]).all()
+
+
 def test_other_domains_need_the_flag(tiny_store):
     state = make_dataset(tiny_store).state_dict()
     fewer = make_dataset(tiny_store.subset(["verbs", "letters"]))

@@ -177,7 +177,15 @@ def test_the_threads_trouble_is_raised_by_a_draw_and_by_every_one_after(tiny_sto
     first = outcomes.index("disk gone")
     assert first <= 2  # the third batch cannot be read; that is found out up to two draws before
     assert set(outcomes[first:]) == {"disk gone"}
+    state = loader.state_dict()  # of the batches that were had, with as many mixtures waiting as ever
     loader.close()
+    had, third = outcomes.count("batch"), np.full(3, 1 / 3)
+    assert state["decisions"] == [-1, -1, 0, 1, 2][had : had + 2]
+    whole, again = (Loader(MixtureSampler(tiny_store, "train", 3, LENGTH, 0), prefetch=2) for _ in range(2))
+    expected = [whole.draw(third) for _ in range(6)]
+    again.load_state_dict(state)
+    for batch in expected[had:]:
+        assert_same(again.draw(third), batch)
 
 
 def test_a_wrong_mixture_is_refused_at_once_and_forgotten(tiny_store):

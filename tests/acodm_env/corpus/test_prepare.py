@@ -162,7 +162,8 @@ def test_dropped_pocket_domains_are_recorded_warned_of_and_printed(tmp_path, mon
     reason = "only 5 characters in 1 documents in this Python installation"
     record = json.loads((tmp_path / "store" / "corpus.json").read_text())
     assert record["dropped"] == [{"name": "licences", "reason": reason}]
-    assert record["files"] == []
+    assert json.loads((tmp_path / "store" / "files.json").read_text()) == []
+    assert "files" not in record
     assert f"left out: licences ({reason})" in capsys.readouterr().out
     assert [entry.getMessage() for entry in caplog.records] == [f"pocket: domain 'licences' is left out: {reason}"]
 
@@ -179,6 +180,48 @@ def test_an_out_folder_below_a_file_is_refused(tmp_path):
     source = given(tmp_path / "a.jsonl", rows())
     with pytest.raises(DataError, match="is a file"):
         prepare(Preparation(source=source), tmp_path / "a.jsonl" / "store")
+
+
+def test_a_link_is_followed_and_a_mount_point_is_refused_at_once(tmp_path, monkeypatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "store").symlink_to(tmp_path / "real")
+    store = prepared(tmp_path, rows())
+    assert store.path == tmp_path / "real"
+    assert (tmp_path / "store").is_symlink()
+    assert prepared(tmp_path, rows()).fingerprint == store.fingerprint
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "disk")
+    source = given(tmp_path / "a.jsonl", rows())
+    with pytest.raises(DataError, match=r"disk: must not be a mount point; .*name a folder inside it, .*disk/NAME"):
+        prepare(Preparation(source=source), tmp_path / "disk")
+    assert left(tmp_path) == ["a.jsonl", "disk", "real", "store"]
+
+
+@pytest.mark.parametrize("name", ["tokenizers/mine", "~/mine"])
+def test_a_tokenizer_in_a_folder_is_one_of_the_files(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("HOME", str(tmp_path / "tokenizers"))
+    monkeypatch.chdir(tmp_path)
+    first = prepared(tmp_path, rows())
+    folder = tmp_path / "tokenizers" / "mine"
+    folder.mkdir(parents=True)
+    first.path.rename(tmp_path / "first")
+    file = folder / "tokenizer.json"
+    file.write_bytes((tmp_path / "first" / "tokenizer.json").read_bytes())
+    prepared(tmp_path, rows(), tokenizer=name)
+    file.write_text(file.read_text().replace("\n", " \n"))
+    with pytest.raises(DataError, match=r"mine/tokenizer\.json has changed since"):
+        prepared(tmp_path, rows(), tokenizer=name)
+
+
+def test_a_store_that_lists_its_files_in_corpus_json_is_opened_as_well(tmp_path):
+    store = prepared(tmp_path, rows())
+    record = json.loads((store.path / "corpus.json").read_text())
+    record["files"] = json.loads((store.path / "files.json").read_text())
+    (store.path / "files.json").unlink()
+    (store.path / "corpus.json").write_text(json.dumps(record))
+    assert prepared(tmp_path, rows()).fingerprint == store.fingerprint
+    with pytest.raises(DataError, match=r"a\.jsonl has changed"):
+        prepared(tmp_path, rows(61))
 
 
 def test_disk_full_before_the_first_commit_leaves_nothing(tmp_path, monkeypatch):
@@ -222,6 +265,7 @@ def test_a_recipe_gives_what_is_not_given(tmp_path):
         ({"recipe": "plie", "source": "a"}, "recipe='plie': must be one of pile, slimpajama; did you mean 'pile'"),
         ({"recipe": "pile"}, "source=None: must name files"),
         ({"source": "a", "splits": "0.9,0.1"}, "splits=0.9,0.1: must be three numbers"),
+        ({"source": "a", "shard_mib": 0}, "shard_mib=0: must be at least 1 MiB"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, message):

@@ -6,9 +6,9 @@ import random
 import numpy as np
 import pytest
 
+from acodm_env.corpus import census, sources, splits, streams, tokenizer
 from acodm_env.corpus import preparation as settings
 from acodm_env.corpus import prepare as preparing
-from acodm_env.corpus import sources, splits, streams, tokenizer
 from acodm_env.corpus.encoding import Encoder
 from acodm_env.corpus.preparation import Preparation
 from acodm_env.corpus.prepare import prepare
@@ -96,6 +96,61 @@ def test_too_many_held_out_documents_are_refused(tmp_path, large, monkeypatch):
     assert not (tmp_path / ".store.partial").exists()
 
 
+def test_what_is_kept_of_held_out_documents_is_eight_bytes_each(tmp_path, large):
+    source, validation = write(tmp_path / "a.jsonl", rows(60)), write(tmp_path / "v.jsonl", rows(500, "held"))
+    assignment = splits.assign(Preparation(source=source, validation=validation).inputs())
+    assert sum(assigned.split == "validation" for assigned in assignment) == 500
+    held = np.frombuffer(assignment._held_out["validation"], dtype=np.uint64)
+    assert held.nbytes == 8 * 500
+    assert held.tolist() == sorted(document_hash(row["text"]) for row in rows(500, "held"))  # the sorted copy is it
+
+
+def test_a_field_of_too_many_values_is_no_domain(tmp_path, large, monkeypatch):
+    monkeypatch.setattr(census, "MOST_DOMAINS", 3)
+    source = write(tmp_path / "a.jsonl", rows(60, domains="abcd"))
+    with pytest.raises(DataError, match=r"source=.*at most 3 domains; .* 'd'; is --domain-field the right field"):
+        prepare(Preparation(source=source, tokenizer="train:260"), tmp_path / "store")
+    prepare(
+        Preparation(source=write(tmp_path / "b.jsonl", rows(300, domains="abc")), tokenizer="train:260"), tmp_path / "b"
+    )
+
+
+def test_too_many_documents_to_share_out_evenly_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(splits, "BALANCED_DOCUMENTS", 60)
+    records = [*rows(60), *rows(60)]  # a repeated one counts once
+    prepare(Preparation(source=write(tmp_path / "a.jsonl", records), tokenizer="train:260"), tmp_path / "a")
+    source = write(tmp_path / "b.jsonl", rows(61))
+    with pytest.raises(DataError, match=r"source=.*at most 60 documents in up to 256 MB.*join short texts"):
+        prepare(Preparation(source=source, tokenizer="train:260"), tmp_path / "b")
+    own = Preparation(
+        source=write(tmp_path / "c.jsonl", rows(40)),
+        test=write(tmp_path / "t.jsonl", rows(30, "held")),
+        tokenizer="train:260",
+    )
+    with pytest.raises(DataError, match=r"source=.*at most 60 documents"):
+        prepare(own, tmp_path / "c")
+
+
+def test_a_domain_that_was_left_out_altogether_is_not_blamed_on_shares(tmp_path, large):
+    mine = [*rows(300), *rows(20, "same", "z")]
+    source, validation = (
+        write(tmp_path / "a.jsonl", mine),
+        write(tmp_path / "v.jsonl", [*rows(9, "held"), *rows(25, "same", "z")]),
+    )
+    with pytest.raises(
+        DataError, match=r"domain=z: .*all its 20 in source=.*a\.jsonl stand in validation=.*v\.jsonl too"
+    ) as caught:
+        prepare(Preparation(source=source, validation=validation, tokenizer="train:260"), tmp_path / "store")
+    assert "--splits" not in str(caught.value)
+    test = write(tmp_path / "t.jsonl", rows(4, "held"))
+    own = Preparation(source=write(tmp_path / "b.jsonl", rows(300)), test=test, tokenizer="train:260")
+    validation = write(tmp_path / "w.jsonl", rows(9, "held"))
+    with pytest.raises(
+        DataError, match=r"domain=a: must have documents in test .*all its 2 in test=.*t\.jsonl stand in validation="
+    ):
+        prepare(Preparation(**{**vars(own), "validation": validation}), tmp_path / "store")
+
+
 def test_a_domain_that_a_split_lacks_is_named_and_nothing_is_left(tmp_path, large):
     source = write(tmp_path / "a.jsonl", [*rows(300), {"text": "alone", "domain": "lonely"}])
     with pytest.raises(DataError, match=r"domain=lonely: must have documents in"):
@@ -106,10 +161,12 @@ def test_a_domain_that_a_split_lacks_is_named_and_nothing_is_left(tmp_path, larg
 def test_compressed_files_count_fourfold(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b"x" * 100)
     (tmp_path / "b.jsonl.gz").write_bytes(b"x" * 100)
-    assert Preparation(source=Source(name=str(tmp_path))).text_bytes() == 500
-    assert Preparation(source=Source(name="pocket")).text_bytes() is None
-    assert Preparation(source=Source(name="pocket")).balanced()
-    assert not Preparation(source=Source(name="owner/name")).balanced()
+    assert Preparation(source=Source(name=str(tmp_path))).inputs().text_bytes() == 500
+    assert Preparation(source=Source(name="pocket")).inputs().text_bytes() is None
+    assert Preparation(source=Source(name="pocket")).inputs().balanced()
+    assert not Preparation(source=Source(name="owner/name")).inputs().balanced()
+    mixed = Preparation(source=Source(name=str(tmp_path)), test=Source(name="owner/name"))
+    assert not mixed.inputs().balanced()
 
 
 def test_the_tokenizer_sees_the_beginnings_of_files_from_every_folder(tmp_path, monkeypatch):
@@ -128,7 +185,7 @@ def test_the_tokenizer_sees_the_beginnings_of_files_from_every_folder(tmp_path, 
 def test_the_sample_is_of_train_only(tmp_path, large):
     source = write(tmp_path / "a.jsonl", rows(500))
     preparation = Preparation(source=source, splits=(0.5, 0.25, 0.25))
-    chosen = {document_hash(document.text) for document in splits.sample(preparation)}
+    chosen = {document_hash(document.text) for document in splits.sample(preparation.inputs())}
     expected = {document_hash(row["text"]) for row in rows(500)}
     assert chosen == {digest for digest in expected if split_of(digest, preparation.shares()) == "train"}
 
@@ -223,9 +280,30 @@ def test_a_hub_stream_goes_on_from_its_position(hub, count):
     position = json.loads(json.dumps(stream.position()))
     again = hub.source.open(position)
     assert head + list(again) == whole
-    if count:
-        assert again.position()["revision"] == position["revision"] == "b"  # not what was uploaded since
     assert len(whole) == 270
+
+
+def test_a_hub_data_set_is_read_at_one_commit_however_often_it_is_opened(tmp_path, hub, monkeypatch):
+    """Of train and validation, for the tokenizer and for the store, before an interruption and after it."""
+    import datasets
+
+    load, read = datasets.load_dataset, []
+
+    def watched(*args, revision, **options):
+        read.append(revision)
+        return load(*args, revision=revision, **options)
+
+    monkeypatch.setattr(datasets, "load_dataset", watched)
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing.Assignment, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr("acodm_env.corpus.workplace.COMMIT_SECONDS", 0.0)
+        patch.setattr(preparing, "_BATCH_DOCUMENTS", 16)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(hub, tmp_path / "store", workers=1)
+    store = prepare(hub, tmp_path / "store", workers=1)
+    assert len(read) == 4  # tokenizer, validation, source; source again
+    assert set(read) == {"a"}
+    assert store.record["revisions"] == {"owner/name": "a"}
 
 
 def test_a_hub_data_set_without_the_split_says_so(tmp_path, hub):

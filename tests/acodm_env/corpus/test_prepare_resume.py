@@ -4,6 +4,7 @@ import errno
 import gzip
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,13 +15,14 @@ import pytest
 
 from acodm_env.corpus import preparation as settings
 from acodm_env.corpus import prepare as preparing
-from acodm_env.corpus import workplace
-from acodm_env.corpus.preparation import Preparation
+from acodm_env.corpus import sources, workplace
+from acodm_env.corpus.preparation import Inputs, Preparation
 from acodm_env.corpus.prepare import prepare
 from acodm_env.corpus.shards import ShardWriter
 from acodm_env.corpus.sources import Source
 from acodm_env.errors import DataError
 from acodm_env.experiments.console import say
+from acodm_env.lock import claimed
 
 WORDS = [f"{first}{second}" for first in ("re", "un", "de", "pre") for second in ("do", "light", "form", "view", "set")]
 
@@ -138,16 +140,128 @@ def test_disk_full_keeps_what_was_committed(tmp_path, hasty, monkeypatch):
     assert content(prepare(preparation, tmp_path / "store").path) == whole
 
 
-def test_a_changed_source_or_setting_begins_afresh_and_says_so(tmp_path, hasty, monkeypatch, caplog):
+def test_a_run_that_fails_before_it_goes_on_loses_nothing(tmp_path, hasty, monkeypatch):
+    preparation = make_source(tmp_path, 60)
+    whole = content(prepare(preparation, tmp_path / "whole").path)
+    killed(monkeypatch, 40, preparation, tmp_path / "store")
+    committed = content(tmp_path / ".store.partial")
+    (tmp_path / "data").rename(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match="nothing is there"):
+        prepare(preparation, tmp_path / "store")
+    (tmp_path / "elsewhere").rename(tmp_path / "data")
+    assert content(tmp_path / ".store.partial") == committed
+    with monkeypatch.context() as patch:
+        patch.setattr(Inputs, "all_files", lambda self: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            prepare(preparation, tmp_path / "store")
+    assert content(tmp_path / ".store.partial") == committed
+    assert content(prepare(preparation, tmp_path / "store").path) == whole
+
+
+def test_committed_work_is_not_thrown_away_for_another_preparation(tmp_path, hasty, monkeypatch):
+    preparation = make_source(tmp_path, 60)
+    whole = content(prepare(preparation, tmp_path / "whole").path)
+    killed(monkeypatch, 20, preparation, tmp_path / "store")
+    committed = content(tmp_path / ".store.partial")
+    other = Preparation(**{**vars(preparation), "shard_bytes": 4_096})
+    refused = r"{}.*documents are committed in .*\.store\.partial; .*or delete .*\.store\.partial to begin afresh"
+    with pytest.raises(DataError, match=refused.format("it was begun with shard_bytes=8192; ")):
+        prepare(other, tmp_path / "store")
+    original = (tmp_path / "data" / "a.jsonl").read_bytes()
+    (tmp_path / "data" / "a.jsonl").write_bytes(lines(61, 1))
+    with pytest.raises(DataError, match=refused.format(r"a\.jsonl has changed since it was begun; ")):
+        prepare(preparation, tmp_path / "store")
+    (tmp_path / "data" / "a.jsonl").write_bytes(original)
+    (tmp_path / "data" / "e.jsonl").write_bytes(lines(5, 9))
+    with pytest.raises(DataError, match=refused.format(r"e\.jsonl was added")):
+        prepare(preparation, tmp_path / "store")
+    (tmp_path / "data" / "e.jsonl").unlink()
+    assert content(tmp_path / ".store.partial") == committed
+    assert content(prepare(preparation, tmp_path / "store").path) == whole
+
+
+def test_with_no_document_committed_another_preparation_begins_afresh(tmp_path, hasty, monkeypatch):
     preparation = make_source(tmp_path, 60)
     killed(monkeypatch, 20, preparation, tmp_path / "store")
-    (tmp_path / "data" / "a.jsonl").write_bytes(lines(61, 1))
-    killed(monkeypatch, 20, preparation, tmp_path / "store")
-    assert "a.jsonl has changed" in caplog.text
+    file = tmp_path / ".store.partial" / "journal.json"
+    journal = json.loads(file.read_text())
+    file.write_text(json.dumps({name: journal[name] for name in journal if name not in ("written", "position")}))
     other = Preparation(**{**vars(preparation), "shard_bytes": 4_096})
     store = prepare(other, tmp_path / "store")
-    assert "it had other settings" in caplog.text
     assert content(prepare(other, tmp_path / "whole").path) == content(store.path)
+
+
+def test_an_unreadable_journal_is_left_to_the_user(tmp_path, hasty, monkeypatch):
+    preparation = make_source(tmp_path, 60)
+    killed(monkeypatch, 20, preparation, tmp_path / "store")
+    (tmp_path / ".store.partial" / "journal.json").write_text("{")
+    committed = content(tmp_path / ".store.partial")
+    with pytest.raises(DataError, match=r"journal\.json: not valid JSON .*delete .*\.store\.partial to begin afresh"):
+        prepare(preparation, tmp_path / "store")
+    assert content(tmp_path / ".store.partial") == committed
+
+
+def test_a_store_that_appears_before_the_lock_is_had_is_opened_or_refused(tmp_path, hasty, monkeypatch):
+    preparation = make_source(tmp_path, 60)
+    other = Preparation(**{**vars(preparation), "shard_bytes": 4_096})
+    check, written = preparing._check_out, []
+
+    def overtaken(out):
+        check(out)
+        monkeypatch.setattr(preparing, "_check_out", check)
+        written.append(content(prepare(preparation, out).path))
+        monkeypatch.setattr(preparing, "_check_out", overtaken)
+
+    monkeypatch.setattr(preparing, "_check_out", overtaken)
+    assert content(prepare(preparation, tmp_path / "a").path) == written[0]
+    with pytest.raises(DataError, match="it was prepared with shard_bytes=8192"):
+        prepare(other, tmp_path / "b")
+    assert content(tmp_path / "b") == written[1]
+    assert not list(tmp_path.glob(".*.partial"))
+
+
+def test_the_partial_folder_is_removed_once_while_it_is_claimed(tmp_path, hasty, monkeypatch):
+    """A second time it might be another process's."""
+    remove, removed = shutil.rmtree, []
+
+    def watched(folder, **options):
+        if folder == tmp_path / ".store.partial":
+            with pytest.raises(DataError, match="must not be in use"):
+                claimed(tmp_path / "store", at=folder).__enter__()
+            removed.append(folder)
+        remove(folder, **options)
+
+    monkeypatch.setattr(workplace.shutil, "rmtree", watched)
+    prepare(make_source(tmp_path, 60), tmp_path / "store")
+    assert len(removed) == 1
+
+
+def test_the_journal_does_not_grow_with_the_number_of_files(tmp_path, hasty, monkeypatch):
+    preparation = make_source(tmp_path, 60)
+    killed(monkeypatch, 20, preparation, tmp_path / "store")
+    partial = tmp_path / ".store.partial"
+    files = json.loads((partial / "store" / "files.json").read_text())
+    assert [Path(state["path"]).name for state in files] == [
+        "a.jsonl",
+        "b.jsonl.zst",
+        "c.jsonl.gz",
+        "d.parquet",
+        "v.jsonl",
+    ]
+    before = (partial / "store" / "files.json").stat().st_mtime_ns
+    assert "b.jsonl.zst" not in (partial / "journal.json").read_text()
+    store = prepare(preparation, tmp_path / "store")
+    assert "b.jsonl.zst" not in (store.path / "corpus.json").read_text()
+    assert (store.path / "files.json").stat().st_mtime_ns == before
+
+
+def test_source_files_are_listed_once(tmp_path, hasty, monkeypatch):
+    preparation = make_source(tmp_path, 60)
+    listed, original = [], sources.files_of
+    for module in (sources, settings):
+        monkeypatch.setattr(module, "files_of", lambda name: (listed.append(Path(name).name), original(name))[1])
+    prepare(preparation, tmp_path / "store")
+    assert listed == ["data", "v.jsonl"]
 
 
 def test_a_partial_folder_that_lost_bytes_is_refused(tmp_path, hasty, monkeypatch):
@@ -222,7 +336,7 @@ def test_a_killed_run_takes_its_workers_along_and_a_live_one_is_not_disturbed(tm
     run = started(tmp_path, tmp_path / "store", preparation.shard_bytes)
     journal = tmp_path / ".store.partial" / "journal.json"
     wait_for(lambda: journal.exists() and '"documents"' in journal.read_text())
-    with pytest.raises(DataError, match=r"must not be written by another process at the same time.*\.store\.partial"):
+    with pytest.raises(DataError, match=rf"must not be in use; process {run.pid} on .* writes there since .* -c"):
         prepare(preparation, tmp_path / "store")
     workers = children(run.pid)
     assert len(workers) == 2

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from acodm_env.corpus import prepare as preparing
 from acodm_env.corpus.preparation import Preparation
 from acodm_env.corpus.prepare import prepare
 from acodm_env.corpus.shards import SHARD_BYTES, SPLITS, ShardWriter
@@ -91,7 +92,8 @@ def test_memory_of_all_processes_stays_below_two_gib(tmp_path):
     seconds = time.monotonic() - start
     assert process.returncode == 0
     tokens = sum(sum(TokenStore.open(tmp_path / "store").sizes_tokens(split)) for split in SPLITS)
-    say(f"\n{Path(source.name).stat().st_size / 2**30:.2f} GiB of text, {os.cpu_count()} workers: peak resident memory")
+    workers = preparing._default_workers()
+    say(f"\n{Path(source.name).stat().st_size / 2**30:.2f} GiB of text, {workers} workers: peak resident memory")
     say(f"{peak / 2**20:,.0f} MiB, {tokens:,} tokens in {seconds:,.0f} s ({tokens / seconds:,.0f} tokens/s)")
     shutil.rmtree(tmp_path)
     assert peak <= 2 * 2**30

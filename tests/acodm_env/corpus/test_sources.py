@@ -1,7 +1,10 @@
 """Formats that read alike, and inputs that are refused by name."""
 
+import errno
 import gzip
+import io
 import json
+from pathlib import Path
 
 import pytest
 import zstandard
@@ -96,6 +99,24 @@ def test_damaged_compression_names_the_file(tmp_path, ending, damage):
     path.write_bytes(path.read_bytes()[:-40] if damage == "cut" else b"no compression at all")
     with pytest.raises(DataError, match=rf"a\.jsonl\.{ending}: .*cannot be decompressed"):
         read(path)
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "jsonl.zst"])
+def test_a_failing_disk_is_not_blamed_on_compression(tmp_path, monkeypatch, ending):
+    class Failing(io.BytesIO):
+        def read(self, *size):
+            raise OSError(errno.EIO, "Input/output error")
+
+        readline = read
+
+    path = write(tmp_path / f"a.{ending}", rows(2))
+    whole, opened = Path.open, []
+    monkeypatch.setattr(
+        Path, "open", lambda *args: opened.append(1) or (Failing() if len(opened) > 1 else whole(*args))
+    )
+    with pytest.raises(DataError, match=rf"a\.{ending}: must be readable; .*Input/output error") as caught:
+        read(path)
+    assert "compress" not in str(caught.value)
 
 
 def test_empty_file_no_files_no_path(tmp_path):

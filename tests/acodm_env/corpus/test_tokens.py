@@ -1,6 +1,7 @@
 """Stores that are whole, cut short, edited, or not disjoint."""
 
 import hashlib
+import os
 import pickle
 import shutil
 
@@ -142,10 +143,66 @@ def test_shared_documents_are_counted_in_slices(monkeypatch, tmp_path):
     monkeypatch.setattr(integrity, "_SLICE", 3)
     rng = np.random.default_rng(0)
     for _ in range(20):
-        own = rng.integers(40, size=10).astype(np.uint64)
-        others = [rng.integers(40, size=size).astype(np.uint64) for size in (7, 1, 0)]
-        expected = int(np.isin(own, np.concatenate(others)).sum())
-        assert integrity._num_shared(own, others) == expected
+        hashes = {
+            ("train", 0): rng.integers(40, size=7).astype(np.uint64),
+            ("train", 1): rng.integers(40, size=1).astype(np.uint64),
+            ("validation", 0): rng.integers(40, size=10).astype(np.uint64),
+            ("validation", 1): rng.integers(40, size=4).astype(np.uint64),
+            ("test", 0): np.empty(0, dtype=np.uint64),
+            ("test", 1): np.array([100], dtype=np.uint64),
+        }
+        train = np.concatenate([hashes["train", 0], hashes["train", 1]])
+        shared = [int(np.isin(hashes["validation", index], train).sum()) for index in (0, 1)]
+        by_domain = ", ".join(f"{name} \\({number}\\)" for name, number in zip("ab", shared, strict=True) if number)
+        assert sum(shared) > 0
+        message = f"; {sum(shared)} documents of validation also stand in train, by domain: {by_domain};"
+        with pytest.raises(DataError, match=message):
+            integrity.check_disjoint(tmp_path, ("a", "b"), lambda split, index, own=hashes: own[split, index])
+
+
+def test_more_shards_than_a_process_may_hold_open(tiny_store, tmp_path):
+    import resource
+
+    source = Source(**tiny_store.record["preparation"]["source"])
+    settings = {"splits": (0.8, 0.1, 0.1), "tokenizer": "train:300", "shard_bytes": 64}
+    store = prepare(Preparation(source=source, **settings), tmp_path / "many")
+    counts = [len(entry["splits"]["train"]["shards"]) for entry in store.record["domains"]]
+    assert sum(counts) > 4 * tokens.MAX_MAPS
+    tokens._mapped.cache_clear()
+    lowest = os.dup(0)
+    os.close(lowest)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + tokens.MAX_MAPS + 16, hard))
+    try:
+        again = TokenStore.open(store.path)
+        again.verify()
+        for index, domain in enumerate(store.domains):
+            indices = np.random.default_rng(0).permutation(again.num_sequences("train", 32)[index])
+            rows = again.sequences("train", index, indices, 32)
+            flat = tiny_store.tokens(domain, "train")
+            assert (rows == flat[: len(indices) * 32].reshape(-1, 32)[indices]).all()
+            assert (again.tokens(domain, "train") == flat).all()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert tokens._mapped.cache_info().currsize == tokens.MAX_MAPS
+
+
+def test_a_store_that_replaces_another_at_its_path_is_read_anew(tiny_store, tmp_path):
+    shutil.copytree(tiny_store.path, tmp_path / "store")
+    before = TokenStore.open(tmp_path / "store").tokens("verbs", "train")[:50].copy()
+    shutil.rmtree(tmp_path / "store")
+    source = Source(**tiny_store.record["preparation"]["source"])
+    after = prepare(Preparation(source=source, splits=(0.7, 0.2, 0.1), tokenizer="train:280"), tmp_path / "store")
+    assert (after.tokens("verbs", "train")[:50] != before).any()
+    file = after.path / after.record["domains"][2]["splits"]["train"]["shards"][0]["file"]
+    assert (after.tokens("verbs", "train") == np.fromfile(file, dtype=after.dtype)).all()
+
+
+def test_an_edited_tokenizer_is_refused_however_large_the_store(copy, monkeypatch):
+    monkeypatch.setattr(tokens, "WHOLE_BYTES", 0)
+    flip(copy / "tokenizer.json", 1_000)
+    with pytest.raises(DataError, match=r"tokenizer\.json: must have SHA-256.*the tokenizer was edited"):
+        TokenStore.open(copy)
 
 
 def test_sequences_are_the_flat_tokens(tiny_store):

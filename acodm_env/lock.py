@@ -1,4 +1,4 @@
-"""One run, one process: a folder is claimed while something is written in it, and says by whom."""
+"""One folder, one process: a folder is claimed while something is written in it, and says by whom."""
 
 import os
 import shlex
@@ -19,27 +19,31 @@ HOLDER = ".holder.json"
 
 
 @contextmanager
-def claimed(folder: str | Path) -> Iterator[None]:
+def claimed(folder: str | Path, at: str | Path | None = None) -> Iterator[None]:
     """Have `folder` for this process alone while the block lasts; the claim ends with the process, however it ends.
 
+    Args:
+        folder: what is claimed.
+        at: the folder that the lock lies in; default `folder` itself. It is created.
+
     Raises:
-        DataError: another process has it; names that one.
+        DataError: another process has it, which is named, or nothing can be written there.
     """
-    folder = Path(folder)
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / LOCK)
+    place = Path(folder if at is None else at)
+    with disk_errors(Path(folder)):
+        place.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(place / LOCK)
         try:
             lock.acquire(timeout=0)
         except Timeout as error:
             raise DataError(
-                f"out={folder}: must not be in use; {_holder(folder)}; wait for it, end it, or choose another --out"
+                f"out={folder}: must not be in use; {_holder(place)}; wait for it, end it, or choose another --out"
             ) from error
     try:
-        write_json(folder / HOLDER, _myself())
+        write_json(place / HOLDER, _myself())
         yield
     finally:
-        (folder / HOLDER).unlink(missing_ok=True)
+        (place / HOLDER).unlink(missing_ok=True)
         lock.release()
 
 
@@ -52,9 +56,9 @@ def _myself() -> dict[str, object]:
     }
 
 
-def _holder(folder: Path) -> str:
-    """Who has the folder, as far as it is known: its record is written just after the claim."""
+def _holder(place: Path) -> str:
+    """Who has it, as far as it is known: the record is written just after the claim."""
     with suppress(DataError, KeyError, TypeError):
-        holder = read_json(folder / HOLDER)
+        holder = read_json(place / HOLDER)
         return "process {pid} on {host} writes there since {since} ({command})".format(**holder)
     return "another process writes there"
