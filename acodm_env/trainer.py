@@ -9,6 +9,7 @@ The Gymnasium environment is a `Trainer` seen by an agent; a bandit or an export
 K is the number of training domains, M the number of held-out targets (usually the same ones).
 """
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -163,7 +164,8 @@ class StepStats:
     skipped: int = 0
     """Steps that were not applied for the same reason, although the run goes on."""
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """Wall clock by part: "data", "train" (forward, backward, update) and "probe" (per-domain measurements)."""
+    """Wall clock by part: "data", "train" (forward, backward, update), "probe" (per-domain measurements) and
+    "validation" (held-out losses that the mixer asked for)."""
 
     @property
     def guilty(self) -> NDArray[np.bool_]:
@@ -330,8 +332,15 @@ def drive(trainer: Trainer, mixer: Mixer, num_steps: int) -> Iterator[StepStats]
     for _ in range(num_steps):
         stats = trainer.step(mixer.weights(), mixer.loss_weights())
         if "validation" in mixer.needs and not stats.diverged and mixer.due(stats.step):
-            stats = replace(stats, eval_losses=trainer.evaluate("validation"))
+            stats = _with_validation(stats, trainer)
         mixer.update(stats)
         yield stats
         if stats.diverged:
             return
+
+
+def _with_validation(stats: StepStats, trainer: Trainer) -> StepStats:
+    """The step with the held-out losses after it, and what they took."""
+    started = time.perf_counter()
+    losses = trainer.evaluate("validation")
+    return replace(stats, eval_losses=losses, seconds={**stats.seconds, "validation": time.perf_counter() - started})

@@ -166,7 +166,7 @@ def make_plan(config: BenchmarkConfig, out: Path) -> Plan:
         AcodmError: something does not fit; the folder is untouched then.
     """
     from acodm_env.experiments.cell import lm_trainer, stores
-    from acodm_env.experiments.runs import RunFolder
+    from acodm_env.experiments.run_folder import RunFolder
 
     entries = parse_entries(_all(config.mixers), config.options, config.policy)
     settings = _settings(config)

@@ -23,7 +23,8 @@ from acodm_env.corpus import TokenStore, open_corpus
 from acodm_env.errors import AcodmError, DataError
 from acodm_env.experiments.plan import MEAN_OF, Cell, Entry, Plan, digest_of
 from acodm_env.experiments.results import objective_result
-from acodm_env.experiments.runs import RunFolder, recorded_config, run_mixer
+from acodm_env.experiments.run_folder import RunFolder, recorded_config
+from acodm_env.experiments.runs import run_mixer
 from acodm_env.files import read_json, read_state, sha256, write_json, write_state
 from acodm_env.policy import Policy, PolicyMixer, scaled_interval
 from acodm_env.trainer import Mixer, RunRequest, RunResult, StepStats, Trainer

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from acodm_env.errors import ConfigError, DataError
+from acodm_env.experiments.run_folder import versions
 from acodm_env.files import atomic_folder, clear_leftovers, read_json, read_state, sha256, write_json, write_state
 
 STATE = "state.safetensors"
@@ -34,7 +35,7 @@ class Checkpoint:
     """How many processes that run had."""
     state: dict[str, Any]
     skipped: tuple[str, ...]
-    """Newer ones that are not whole, each with the reason."""
+    """Newer ones that are not whole, each with the reason and where it was put."""
 
 
 class Checkpoints:
@@ -61,9 +62,9 @@ class Checkpoints:
         return sorted(int(name) for name in names if name.isdigit())
 
     def last(self) -> Path | None:
-        """The newest that is whole by its sizes; its content is compared when it is read."""
-        whole = [step for step in self.steps() if self._lack(step) is None]
-        return self.path(whole[-1]) if whole else None
+        """The newest whole one."""
+        whole = (step for step in reversed(self.steps()) if self._defect(step) is None)
+        return next((self.path(step) for step in whole), None)
 
     def path(self, step: int) -> Path:
         """Folder of the one at `step`."""
@@ -81,8 +82,6 @@ class Checkpoints:
         Raises:
             DataError: it cannot be written; the last whole one stays, and is named.
         """
-        from acodm_env.experiments.run_folder import versions
-
         path = self.path(step)
         try:
             with atomic_folder(path) as fresh:
@@ -93,7 +92,7 @@ class Checkpoints:
                 write_json(fresh / MANIFEST, {**about, "files": files})
         except DataError as error:
             raise DataError(f"{path}: {self.still_there(error)}") from error
-        self._prune()
+        self._prune(step)
         return path
 
     def still_there(self, error: BaseException) -> str:
@@ -105,15 +104,15 @@ class Checkpoints:
         return f"{what}; {left}; free some space, then run the same command again to go on from it"
 
     def newest(self) -> Checkpoint | None:
-        """Read the newest whole one; None if there is none at all.
+        """Read the newest whole one, and put those after it aside; None if there is none at all.
 
         Raises:
             DataError: there are some, but none is whole.
         """
-        skipped: list[str] = []
+        defects: dict[int, str] = {}
         for step in reversed(self.steps()):
-            lack = self._lack(step) or self._damage(step)
-            if lack is None:
+            defect = self._defect(step)
+            if defect is None:
                 manifest = read_json(self.path(step) / MANIFEST)
                 return Checkpoint(
                     step=step,
@@ -121,15 +120,29 @@ class Checkpoints:
                     identity=manifest["identity"],
                     world=int(manifest["world"]),
                     state=read_state(self.path(step) / STATE),
-                    skipped=tuple(skipped),
+                    skipped=tuple(
+                        f"{self.path(newer)}: {defect}; put aside as {self._put_aside(newer)}"
+                        for newer, defect in defects.items()
+                    ),
                 )
-            skipped.append(f"{self.path(step)}: {lack}")
-        if skipped:
+            defects[step] = defect
+        if defects:
+            found = "; ".join(f"{self.path(step)}: {defect}" for step, defect in defects.items())
             raise DataError(
-                f"{self.folder}: must hold a whole checkpoint; {'; '.join(skipped)}; copy one back, or remove this "
-                f"folder to begin the run again"
+                f"{self.folder}: must hold a whole checkpoint; {found}; copy one back, or remove this folder to begin "
+                f"the run again"
             )
         return None
+
+    def _put_aside(self, step: int) -> str:
+        """Have a damaged one no longer among the checkpoints; returns its new name."""
+        aside = self.folder / f"damaged-{self.path(step).name}"
+        shutil.rmtree(aside, ignore_errors=True)
+        return self.path(step).rename(aside).name
+
+    def _defect(self, step: int) -> str | None:
+        """Why a checkpoint is not whole; None if it is."""
+        return self._lack(step) or self._damage(step)
 
     def _lack(self, step: int) -> str | None:
         """What is missing in a checkpoint; None if all files have their sizes."""
@@ -153,8 +166,9 @@ class Checkpoints:
             return None
         return f"{STATE} was edited or damaged (checksum)"
 
-    def _prune(self) -> None:
-        whole = [step for step in self.steps() if self._lack(step) is None]
+    def _prune(self, last: int) -> None:
+        """Remove what is older than the newest few up to `last`, which was just written."""
+        whole = [step for step in self.steps() if step <= last and self._lack(step) is None]
         for step in self.steps():
             if step < whole[-self.keep :][0]:
                 gone = self.path(step).rename(self.folder / f".{_PREFIX}{step:08d}.gone")  # at once, or not at all

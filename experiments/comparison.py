@@ -299,7 +299,7 @@ def _transfer_command(config: Mapping[str, Any], folder: Path) -> str:
     from acodm_env.experiments.transfer import TransferConfig
 
     words = ["acodm", "transfer"]
-    for setting in fields(TransferConfig):
+    for setting in sorted(fields(TransferConfig), key=lambda each: each.name not in ("policy", "mixer")):
         value = config.get(setting.name)
         if value is None or value == setting.default or setting.name in ("out", "quiet", "reference", "domains"):
             continue  # of the domains a run keeps all names, whether they were asked for or not

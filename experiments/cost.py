@@ -1,15 +1,15 @@
 """What a run cost: tokens, model FLOPs, seconds by purpose, tokens per second, MFU, peak memory.
 
-Everything is summed over the lines of `stats.jsonl` and `eval.jsonl`, so an interrupted run that was resumed counts the
-steps that it kept; what was done twice is not in it. Runs that were logged before seconds were told apart have null
-where nothing was recorded.
+Seconds are summed over the lines of `stats.jsonl` and `eval.jsonl`, so an interrupted run that was resumed counts the
+steps that it kept; what was done twice is not in it. Rates are of the same lines: a run that went on with other domains
+has only those since then. Runs that were logged before seconds were told apart have null where nothing was recorded.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from acodm_env.experiments.runs import RunFolder
+from acodm_env.experiments.run_folder import RunFolder
 from acodm_env.wrapper import innermost
 
 PEAK_FLOPS: tuple[tuple[str, float], ...] = (
@@ -36,7 +36,8 @@ Sources: NVIDIA's data sheets of each card (which print the sparse figure, twice
 GA102 and Ada whitepapers for the two GeForce cards, AMD's data sheet of the MI300X.
 """
 PARTS = ("data", "train", "probe", "decision")
-"""Purposes that the seconds of a step are told apart by: `seconds_PART` in `stats.jsonl`."""
+"""Purposes that the seconds of every step are told apart by, as `seconds_PART` in `stats.jsonl`; "validation" comes to
+those after which the mixer asked for held-out losses."""
 
 
 def peak_flops(device_name: str) -> float | None:
@@ -92,10 +93,10 @@ def cost(
     devices: int = 1,
     memory: int | None = None,
 ) -> dict[str, Any]:
-    """The field `cost` of a run's `result.json`.
+    """The field `accounting` of a run's `result.json`.
 
     Args:
-        records: lines of `stats.jsonl`, one per optimiser step.
+        records: lines of `stats.jsonl`, one per optimiser step, each of as many tokens.
         evaluations: lines of `eval.jsonl`.
         flops_per_token: model FLOPs of training on one token, 6N and attention (`RunInfo.flops_per_token`).
         device_name: torch's name of the device, or "cpu".
@@ -104,17 +105,20 @@ def cost(
         memory: peak in bytes, of one device.
     """
     tokens = int(records[-1]["tokens"]) if records else 0
-    flops = tokens * flops_per_token
+    logged = tokens / records[-1]["step"] * len(records) if records else 0.0
     seconds = {part: _sum(records, f"seconds_{part}") for part in PARTS}
+    seconds["validation"] = float(sum(record.get("seconds_validation", 0.0) for record in records))
     steps = _sum(records, "seconds")
-    overhead = [seconds[part] for part in PARTS if part != "train"]
+    overhead = [value for part, value in seconds.items() if part != "train"]
     known = seconds["train"] and None not in overhead
-    mfu, reason = utilisation(flops / steps, device_name, precision, devices) if steps else (None, "no time was logged")
+    mfu, reason = None, "no time was logged"
+    if steps:
+        mfu, reason = utilisation(logged * flops_per_token / steps, device_name, precision, devices)
     return {
         "tokens": tokens,
-        "flops": flops,
+        "flops": tokens * flops_per_token,
         "seconds": {**seconds, "evaluation": _sum(evaluations, "seconds")},
-        "tokens_per_second": tokens / steps if steps else None,
+        "tokens_per_second": logged / steps if steps else None,
         "overhead_frac": sum(overhead) / seconds["train"] if known else None,  # type: ignore[arg-type, operator]
         "mfu": mfu,
         "mfu_unknown": reason or None,
@@ -132,7 +136,7 @@ def _sum(records: Sequence[Mapping[str, Any]], name: str) -> float | None:
 
 
 def run_cost(folder: RunFolder, trainer: Any) -> dict[str, Any]:
-    """The field `cost` of the run in `folder`, by the process that has just finished it.
+    """The field `accounting` of the run in `folder`, by the process that has just finished it.
 
     Args:
         folder: the run.

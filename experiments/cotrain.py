@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from acodm_env.config import from_dict
 from acodm_env.corpus import TokenStore
@@ -12,8 +12,8 @@ from acodm_env.experiments.checkpoints import Checkpoints
 from acodm_env.experiments.console import note
 from acodm_env.experiments.cost import run_cost
 from acodm_env.experiments.cotrain_loop import run_cotrainer
-from acodm_env.experiments.lock import claimed
 from acodm_env.experiments.model_folder import save_model
+from acodm_env.experiments.override import Hand
 from acodm_env.experiments.recorded import Recorded
 from acodm_env.experiments.results import mixer_result
 from acodm_env.experiments.run_folder import RunFolder, git_commit, versions
@@ -21,11 +21,13 @@ from acodm_env.experiments.signals import Preempted, heeding_sigterm, never
 from acodm_env.experiments.target import ASIDE, TargetConfig, check_out, finished, open_store, target_trainer, tell
 from acodm_env.experiments.train import read_reward
 from acodm_env.files import write_json
+from acodm_env.lock import claimed
 from acodm_env.mixture import ActionMap
 from acodm_env.trainer import Trainer
 
 if TYPE_CHECKING:
     from acodm_env.agents.cotraining import Cotrainer
+    from acodm_env.pretrain.leader import Led
 
 PAPER_START = 833
 """Decisions that the paper's warm-up has, 2 % of 41,667."""
@@ -44,7 +46,7 @@ class CotrainConfig(TargetConfig):
     """Reward terms: a name, or JSON such as {"interaction": 1.0, "progress": 10.0} (interaction, alignment, progress);
     progress evaluates the target at every decision."""
     fields: str | None = None
-    """Observation fields, separated by commas; default: all but pending."""
+    """Observation fields, separated by commas; default: all, pending only with --prefetch."""
     action_scale: float = 2.0
     """c: how far an action can tilt the mixture (e^2c between two domains)."""
     action_floor: float = 0.1
@@ -99,7 +101,7 @@ def run(config: CotrainConfig) -> None:
             note(f"acodm: {end}")
             return
     if result is not None:
-        tell(config.out, result, "policy/", "model/")
+        tell(config.out, result)
 
 
 def cotrain(config: CotrainConfig, store: TokenStore, *, stop: Callable[[], bool] = never) -> dict[str, Any] | None:
@@ -120,7 +122,9 @@ def cotrain(config: CotrainConfig, store: TokenStore, *, stop: Callable[[], bool
     with leading(trainer) as led:
         if led is None:
             return None
-        target = Recorded(led, config.seed, stop)
+        if stop():
+            raise Preempted("before it began")
+        target = Recorded(led, config.seed, Hand(config.out, led.info.domains), stop)
         learner = _learner(config, target)
         learner.policy({})  # an actor that cannot be exported is refused now
         identity = json.loads(json.dumps(_identity(config, store)))
@@ -144,12 +148,12 @@ def _train(
         quiet=config.quiet,
     )
     if not learner.diverged:
-        save_model(folder.path / "model", target, store)
+        save_model(folder.path / "model", cast("Led", target.inner), store)
     result = {
         "mixer": config.name,
         **mixer_result(folder, None),
         "learning": _learning(config, learner, folder) | {"export_error": _export(learner, folder)},
-        "cost": run_cost(folder, target),
+        "accounting": run_cost(folder, target),
         "corpus_fingerprint": store.fingerprint,
         "config": folder.config,
     }

@@ -11,7 +11,7 @@ from acodm_env.experiments.checkpoints import Checkpoints
 from acodm_env.experiments.console import note, progress
 from acodm_env.experiments.recorded import Asked, Recorded
 from acodm_env.experiments.run_folder import RunFolder
-from acodm_env.experiments.runs import append_stats, log_evaluation, nonfinite, stats_record, world_of
+from acodm_env.experiments.runs import append, find, log_evaluation, nonfinite, say_resumed, stats_record, world_of
 from acodm_env.experiments.signals import Preempted
 from acodm_env.trainer import StepStats
 
@@ -41,7 +41,7 @@ def run_cotrainer(
         quiet: no progress bar.
 
     Raises:
-        DataError: no checkpoint is whole; no space is left, and which checkpoint stays.
+        DataError: no checkpoint is whole, or it is another run's; no space is left, and which checkpoint stays.
         Preempted: it was asked to end; the run is saved.
     """
     horizon = target.info.horizon
@@ -54,34 +54,31 @@ def run_cotrainer(
 
     with progress(horizon, str(folder.config["name"]), quiet=quiet) as bar:
         target.on_step = _logger(folder, learner, target, checkpoints, max(1, horizon // evaluations), bar)
+        target.restart_clock()
         while not learner.ended:
             before = target.steps_done // save_every
-            target.restart_clock()
             try:
                 shown = learner.decide()
             except Asked:
-                raise Preempted(target.steps_done, horizon, save()) from None
+                raise Preempted(f"after step {target.steps_done} of {horizon}", save()) from None
             bar.set_postfix_str(f"reward {shown['reward']:+.2f}", refresh=False)
             last = learner.ended and not learner.diverged
             if last or (target.steps_done // save_every > before and not learner.ended):
-                save()
+                with target.aside():
+                    save()
 
 
 def _begin(folder: RunFolder, learner: "Cotrainer", target: Recorded, checkpoints: Checkpoints) -> None:
     """Start the run, or put everything where the newest whole checkpoint has it."""
-    found = checkpoints.newest()
+    found, _ = find(folder, checkpoints, target.info.horizon)
     if found is None:
         learner.start()
     else:
-        for reason in found.skipped:
-            note(f"skipped {reason}")
         learner.load_state_dict(found.state)
-        note(f"resumed from {found.path}: step {found.step} of {target.info.horizon}")
-        if (world := world_of(target)) != found.world:
-            note(f"{world} processes instead of {found.world}: cursors are global, nothing was redistributed")
+        say_resumed(found, target)
     folder.rewind(target.steps_done)
     if not folder.lines("eval.jsonl"):
-        log_evaluation(folder, target, 0)
+        log_evaluation(folder, checkpoints, target, 0)
 
 
 def _logger(
@@ -96,11 +93,11 @@ def _logger(
 
     def on_step(stats: StepStats, seconds: float, deciding: float) -> None:
         record = stats_record(stats, seconds + deciding) | {"seconds_decision": deciding} | learner.shown
-        append_stats(folder, checkpoints, record)
+        append(folder, checkpoints, "stats.jsonl", record | target.hand.diagnostics())
         if stats.skipped or stats.diverged:
-            note(nonfinite(stats, target.info.domains, checkpoints.last()))
+            note(nonfinite(stats, target.info.domains, checkpoints))
         if stats.step == target.info.horizon or stats.diverged or stats.step % evaluate_every == 0:
-            log_evaluation(folder, target, stats.step)
+            log_evaluation(folder, checkpoints, target, stats.step)
         bar.update(stats.step - bar.n)
 
     return on_step

@@ -17,7 +17,7 @@ from acodm_env.experiments.console import listing, say
 from acodm_env.experiments.export import export_from
 from acodm_env.experiments.forecast import forecast_seconds
 from acodm_env.experiments.recipes import RECIPES
-from acodm_env.experiments.runs import RunFolder, open_run, recorded_config
+from acodm_env.experiments.run_folder import RunFolder, open_run, recorded_config
 from acodm_env.experiments.train import TrainConfig, episode_table, make_learner, train
 from acodm_env.experiments.transfer import TransferConfig, choose_mixer, transfer
 from acodm_env.files import write_json

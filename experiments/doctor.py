@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from acodm_env.experiments.console import listing, say
-from acodm_env.experiments.runs import versions
+from acodm_env.experiments.run_folder import versions
 from acodm_env.files import write_json
 
 OWN = ("acodm_env", "acodm_env.agents", "acodm_env.experiments")

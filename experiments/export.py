@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from acodm_env.config import from_dict
 from acodm_env.errors import DataError, unknown
 from acodm_env.experiments.console import say
-from acodm_env.experiments.runs import git_commit, open_run, versions
+from acodm_env.experiments.run_folder import git_commit, open_run, versions
 from acodm_env.experiments.train import TrainConfig, make_learner, settings_of
 
 if TYPE_CHECKING:

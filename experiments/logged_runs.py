@@ -10,7 +10,7 @@ import numpy as np
 from acodm_env.errors import ConfigError, DataError
 from acodm_env.experiments.console import note
 from acodm_env.experiments.plan import MEAN_OF
-from acodm_env.experiments.runs import recorded_config
+from acodm_env.experiments.run_folder import recorded_config
 from acodm_env.surrogate.calibration import Course, Setting
 from acodm_env.trainer import Array
 

@@ -8,7 +8,7 @@ import yaml
 from acodm_env.errors import DataError, unknown
 from acodm_env.experiments.console import note, say
 from acodm_env.experiments.results import time_averaged
-from acodm_env.experiments.runs import open_run
+from acodm_env.experiments.run_folder import open_run
 from acodm_env.files import atomic_file
 
 FORMATS = ("all", "json", "yaml", "interleave")

@@ -17,7 +17,7 @@ from acodm_env.corpus.tokens import TokenStore
 from acodm_env.errors import ConfigError
 from acodm_env.experiments.console import listing, progress, say, text_table
 from acodm_env.experiments.cost import describe, utilisation
-from acodm_env.experiments.runs import versions
+from acodm_env.experiments.run_folder import versions
 from acodm_env.experiments.throughput import VARIANTS, Variant, Window, generated_store, make_variant, peak_memories
 from acodm_env.files import write_json
 from acodm_env.pretrain.config import resolve_device

@@ -20,8 +20,8 @@ import numpy as np
 
 from acodm_env.errors import AcodmError, ConfigError, DataError, unknown
 from acodm_env.experiments.console import note
-from acodm_env.files import disk_errors, read_json
-from acodm_env.trainer import Array, Mixer, RunInfo, RunRequest, RunResult, StepStats
+from acodm_env.files import read_json
+from acodm_env.trainer import Array, Mixer, RunInfo, StepStats
 
 FILE = "weights.override.json"
 LOG = "overrides.jsonl"
@@ -80,40 +80,86 @@ class Override:
         return normalised
 
 
-class Steered(Mixer):
-    """A mixer under the operator's hand, and with a clock for what its decisions take."""
+class Hand:
+    """The operator's hand on one run: reads the file in its folder, and applies what it wants."""
 
-    def __init__(self, inner: Mixer, folder: str | Path, clock: Callable[[], float] = time.monotonic):
+    def __init__(self, folder: str | Path, domains: tuple[str, ...], clock: Callable[[], float] = time.monotonic):
         """Look for the file in a run's folder.
 
         Args:
-            inner: who decides.
             folder: of the run; changes are logged into its ``overrides.jsonl``.
+            domains: that the run draws from.
             clock: seconds.
         """
-        self.inner, self.folder = inner, Path(folder)
-        self.name, self.needs, self.paper, self.dynamic = inner.name, inner.needs, inner.paper, inner.dynamic
+        self.folder, self.domains = Path(folder), domains
         self.override: Override | None = None
-        self.step = 0
-        """Optimiser steps done."""
         self._clock = clock
         self._looked = -np.inf
         self._seen: tuple[int, ...] | None = None  # the file's identity when it was read last
+
+    def on(self, weights: Array, step: int) -> Array:
+        """The mixture (K,) after the operator's change, itself if there is none.
+
+        Args:
+            weights: what was decided (K,).
+            step: optimiser steps done.
+        """
+        self._look(step)
+        return weights if self.override is None else self.override.apply(weights, self.domains)
+
+    def diagnostics(self) -> dict[str, float]:
+        """For the log of a step: whether the hand is on the mixture."""
+        return {} if self.override is None else {"overridden": 1.0}
+
+    def _look(self, step: int) -> None:
+        """Read the file if it is time and if it changed; nothing that is wrong with it ends the run."""
+        now = self._clock()
+        if now - self._looked < PATIENCE_SECONDS:
+            return
+        self._looked = now
+        file = self.folder / FILE
+        try:
+            about = file.stat()
+            seen: tuple[int, ...] | None = (about.st_ino, about.st_size, about.st_mtime_ns)
+        except OSError:
+            seen = None
+        if seen == self._seen:
+            return
+        self._seen = seen
+        try:
+            self._set(None if seen is None else read_override(file, self.domains), step)
+        except (AcodmError, OSError, RecursionError, ValueError) as error:
+            stays = "nothing is overridden" if self.override is None else "what it said before stays in effect"
+            note(f"ignored {file}: {error}; {stays}")
+
+    def _set(self, override: Override | None, step: int) -> None:
+        """Log a change with the time, and take it into effect."""
+        wanted = {} if override is None else {"pin": dict(override.pin), "cap": dict(override.cap)}
+        now = datetime.now().astimezone().isoformat(timespec="seconds")
+        try:
+            with (self.folder / LOG).open("a") as stream:
+                stream.write(json.dumps({"time": now, "from_step": step + 1, **wanted}) + "\n")
+        except OSError as error:
+            note(f"{self.folder / LOG}: could not be written ({error}); the change takes effect all the same")
+        self.override = override
+        note(f"override from step {step + 1}: {json.dumps(wanted) if wanted else 'none any more'}")
+
+
+class Steered(Mixer):
+    """A mixer with a clock for what its decisions take, and under the operator's hand where there is one."""
+
+    def __init__(self, inner: Mixer, hand: Hand | None = None):
+        """Take the mixer that decides."""
+        self.inner, self.hand = inner, hand
+        self.name, self.needs, self.paper, self.dynamic = inner.name, inner.needs, inner.paper, inner.dynamic
+        self.step = 0
+        """Optimiser steps done."""
         self._seconds = 0.0
 
     def start(self, info: RunInfo) -> None:
         """Begin a run."""
         super().start(info)
         self.inner.start(info)
-
-    def preparation(self, info: RunInfo) -> Any:
-        """The inner mixer's requests."""
-        requests: list[RunRequest] = list(self.inner.preparation(info))
-        return requests
-
-    def prepare(self, results: Mapping[str, RunResult]) -> None:
-        """Hand the results on."""
-        self.inner.prepare(results)
 
     def due(self, step: int) -> bool:
         """As the inner mixer wants it."""
@@ -123,9 +169,8 @@ class Steered(Mixer):
         """The inner mixer's mixture (K,), itself if nothing is overridden."""
         started = time.perf_counter()
         weights = self.inner.weights()
-        self._look()
-        if self.override is not None:
-            weights = self.override.apply(weights, self.info.domains)
+        if self.hand is not None:
+            weights = self.hand.on(weights, self.step)
         self._seconds += time.perf_counter() - started
         return weights
 
@@ -147,8 +192,7 @@ class Steered(Mixer):
 
     def diagnostics(self) -> dict[str, float]:
         """The inner mixer's, and whether a hand is on the mixture."""
-        found = self.inner.diagnostics()
-        return found if self.override is None else {**found, "overridden": 1.0}
+        return self.inner.diagnostics() | (self.hand.diagnostics() if self.hand else {})
 
     def state_dict(self) -> dict[str, Any]:
         """The inner mixer's; what the operator wants stands in the file."""
@@ -157,40 +201,6 @@ class Steered(Mixer):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`'s value."""
         self.inner.load_state_dict(state)
-
-    def _look(self) -> None:
-        """Read the file if it is time and if it changed."""
-        now = self._clock()
-        if now - self._looked < PATIENCE_SECONDS:
-            return
-        self._looked = now
-        file = self.folder / FILE
-        try:
-            about = file.stat()
-            seen: tuple[int, ...] | None = (about.st_ino, about.st_size, about.st_mtime_ns)
-        except OSError:
-            seen = None
-        if seen == self._seen:
-            return
-        self._seen = seen
-        if seen is None:
-            self._set(None)
-            return
-        try:
-            self._set(read_override(file, self.info.domains))
-        except AcodmError as error:
-            stays = "nothing is overridden" if self.override is None else "what it said before stays in effect"
-            note(f"ignored {file}: {error}; {stays}")
-
-    def _set(self, override: Override | None) -> None:
-        """Take a change into effect, and log it with the time."""
-        self.override = override
-        wanted = {} if override is None else {"pin": dict(override.pin), "cap": dict(override.cap)}
-        now = datetime.now().astimezone().isoformat(timespec="seconds")
-        record = {"time": now, "from_step": self.step + 1, **wanted}
-        with disk_errors(self.folder / LOG), (self.folder / LOG).open("a") as stream:
-            stream.write(json.dumps(record) + "\n")
-        note(f"override from step {self.step + 1}: {json.dumps(wanted) if wanted else 'none any more'}")
 
 
 def read_override(file: Path, domains: tuple[str, ...]) -> Override:

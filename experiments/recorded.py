@@ -1,10 +1,12 @@
 """`Recorded`: a target seen through an environment, which takes several steps a decision, still logged step by step."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 
+from acodm_env.experiments.override import Hand
 from acodm_env.experiments.signals import never
 from acodm_env.trainer import Array, StepStats, Trainer
 from acodm_env.wrapper import TrainerWrapper
@@ -21,17 +23,19 @@ class Recorded(TrainerWrapper):
     mixer gets with that seed.
     """
 
-    def __init__(self, inner: Trainer, seed: int, stop: Callable[[], bool] = never):
+    def __init__(self, inner: Trainer, seed: int, hand: Hand, stop: Callable[[], bool] = never):
         """Around a target, which may be led.
 
         Args:
             inner: the target.
             seed: of the run.
+            hand: the operator's, which may change every mixture.
             stop: asked before every step: whether to end now.
         """
         super().__init__(inner)
         self.on_step: Callable[[StepStats, float, float], None] = lambda stats, seconds, deciding: None
         """Told of every step: its statistics, its own seconds, and the seconds of deciding and learning before it."""
+        self.hand = hand
         self._seed, self._stop = seed, stop
         self._clock = time.perf_counter()
 
@@ -48,7 +52,7 @@ class Recorded(TrainerWrapper):
         if self._stop():
             raise Asked
         started = time.perf_counter()
-        stats = self.inner.step(weights, loss_weights)
+        stats = self.inner.step(self.hand.on(weights, self.steps_done), loss_weights)
         self.on_step(stats, time.perf_counter() - started, started - self._clock)
         self.restart_clock()
         return stats
@@ -56,3 +60,10 @@ class Recorded(TrainerWrapper):
     def restart_clock(self) -> None:
         """What went by since the last step was no part of deciding."""
         self._clock = time.perf_counter()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What the block takes is no part of deciding."""
+        started = time.perf_counter()
+        yield
+        self._clock += time.perf_counter() - started

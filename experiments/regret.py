@@ -19,7 +19,7 @@ import yaml
 from acodm_env.config import from_dict
 from acodm_env.errors import ConfigError
 from acodm_env.experiments.console import progress, say, text_table
-from acodm_env.experiments.runs import RunFolder
+from acodm_env.experiments.run_folder import RunFolder
 from acodm_env.experiments.statistics import Interval, mean_interval, paired_interval
 from acodm_env.files import atomic_file
 

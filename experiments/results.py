@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from acodm_env.experiments.runs import RunFolder
+from acodm_env.experiments.run_folder import RunFolder
 from acodm_env.files import atomic_file
 from acodm_env.render import plot_mixture
 from acodm_env.trainer import Array
@@ -60,6 +60,7 @@ def mixer_result(run: RunFolder, reference: RunFolder | None) -> dict[str, Any]:
         "seconds_per_step": float(np.median([record["seconds"] for record in records])),
         "diverged": bool(records[-1]["diverged"]),
         "final_exploration": records[-1].get("exploration"),
+        "overridden_steps": sum("overridden" in record for record in records),
     }
 
 

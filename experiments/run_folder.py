@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from acodm_env.errors import ConfigError, DataError
-from acodm_env.experiments.lock import HOLDER, LOCK
 from acodm_env.files import atomic_file, clear_leftovers, disk_errors, read_json, write_json
+from acodm_env.lock import HOLDER, LOCK
 
 PACKAGES = (
     "acodm",
@@ -28,6 +28,7 @@ PACKAGES = (
     "numpy",
 )
 LOGS = ("stats.jsonl", "eval.jsonl")
+RESULTS = ("result.json", "model", "policy")
 
 
 def versions() -> dict[str, str]:
@@ -121,22 +122,29 @@ class RunFolder:
     def adopt(self, step: int) -> None:
         """Record the changed settings of a run that goes on from `step` with them.
 
-        The old `config.json` and `result.json` go to ``before-step-…/``, the logs too if they are of other domains.
+        What they left goes to a new ``before-step-…/``: `config.json`, `result.json`, model and policy; the logs too if
+        they are of other domains.
         """
         record = read_json(self.path / "config.json")
         changed = differences(record["config"], self.config)
         if not changed:
             return
-        archive = self.path / f"before-step-{step:08d}"
-        archive.mkdir(exist_ok=True)
-        if not (archive / "config.json").exists():
-            write_json(archive / "config.json", record)
-        for name in ("result.json", *(LOGS if "domains" in changed else ())):
-            if (self.path / name).exists() and not (archive / name).exists():
+        archive = self._new_archive(step)
+        write_json(archive / "config.json", record)
+        for name in (*RESULTS, *(LOGS if "domains" in changed else ())):
+            if (self.path / name).exists():
                 (self.path / name).rename(archive / name)
         adapted = [*record.get("adapted", []), {"step": step, "changed": changed}]
         now = {"config": self.config, "versions": versions(), "git_commit": git_commit(), "adapted": adapted}
         write_json(self.path / "config.json", now)
+
+    def _new_archive(self, step: int) -> Path:
+        """An empty folder for what was there before: ``before-step-00000120``, then ``before-step-00000120-2``, …"""
+        name, count = f"before-step-{step:08d}", len([*self.path.glob(f"before-step-{step:08d}*")])
+        archive = self.path / (f"{name}-{count + 1}" if count else name)
+        with disk_errors(archive):
+            archive.mkdir()
+        return archive
 
 
 def check_folder(path: str | Path, config: Mapping[str, Any], *, adapt: bool = False) -> bool:

@@ -106,8 +106,6 @@ def _result(folder: Path) -> tuple[dict[str, Any] | None, str]:
         bad = [name for name, value in (known | losses).items() if not (value is None or np.isfinite(value))]
         diverged = bool(result["diverged"])
         float(result["seconds_per_step"])
-        if "tokens_per_second" in (result.get("cost") or {}):  # of a plain run, which knows nothing of what came before
-            result["accounting"] = result.pop("cost")
         if cost := result.get("cost"):
             all(float(cost[kind][unit]) >= 0 for kind in COSTS for unit in UNITS)
     except (DataError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:

@@ -15,37 +15,19 @@ import numpy as np
 from acodm_env.errors import ConfigError, DataError
 from acodm_env.experiments.checkpoints import Checkpoint, Checkpoints
 from acodm_env.experiments.console import note
-from acodm_env.experiments.override import Steered
-from acodm_env.experiments.run_folder import (
-    RunFolder,
-    check_folder,
-    differences,
-    git_commit,
-    open_run,
-    recorded_config,
-    versions,
-)
+from acodm_env.experiments.override import Hand, Steered
+from acodm_env.experiments.run_folder import RunFolder, differences, recorded_config
 from acodm_env.experiments.signals import Preempted, never
 from acodm_env.trainer import Array, Mixer, StepStats, Trainer, drive
 from acodm_env.wrapper import innermost
-
-__all__ = [
-    "RunFolder",
-    "Saving",
-    "check_folder",
-    "git_commit",
-    "open_run",
-    "recorded_config",
-    "resume",
-    "run_mixer",
-    "versions",
-]
 
 FIXED = ("target", "batch_size", "sequence_length", "seed")
 """Settings that no run can change on its way: model, shape of a step, order of the data."""
 DECIDING = ("policy", "mixer", "weights", "name", "decision_every", "domains")
 """Settings with which a mixer begins anew."""
-LOADING = ("domains", "corpus_fingerprint", "prefetch")
+DATA = ("domains", "corpus_fingerprint")
+"""Settings with which another thing is learned and evaluated."""
+LOADING = (*DATA, "prefetch")
 """Settings with which the data go on in another way."""
 
 
@@ -62,7 +44,7 @@ class Saving:
     adapt: bool = False
     """Go on although settings, mixer or domains are others than the checkpoint's."""
     stop: Callable[[], bool] = never
-    """Asked after every step: whether to save and end now."""
+    """Asked before and after every step: whether to save and end now."""
 
 
 def run_mixer(
@@ -74,10 +56,12 @@ def run_mixer(
     evaluations: int,
     on_step: Callable[[StepStats], None] = lambda stats: None,
     saving: Saving | None = None,
+    hand: Hand | None = None,
 ) -> None:
     """Train to the horizon under `mixer`, logging into `folder` and resuming where an interruption left off.
 
     Evaluates on the test split at least `evaluations` times, evenly spaced, at the start and at the end; never if 0.
+    `hand` is the operator's, if one may change the mixture.
 
     Raises:
         DataError: the checkpoints are another run's or not whole; no space is left, and which checkpoint stays.
@@ -88,7 +72,7 @@ def run_mixer(
     evaluate_every = max(1, horizon // evaluations) if evaluations else 0
     save_every = saving.every or interval * max(1, horizon // (10 * interval))
     checkpoints = Checkpoints(folder.path / "checkpoints", saving.keep)
-    steered = Steered(mixer, folder.path)
+    steered = Steered(mixer, hand)
     trainer.reset(np.random.default_rng(seed))
     steered.start(trainer.info)
     resume(folder, trainer, steered, checkpoints, adapt=saving.adapt)
@@ -101,37 +85,50 @@ def run_mixer(
 
     def evaluate_if_due(step: int, *, last: bool = False) -> None:
         if evaluations and (last or step % evaluate_every == 0 or step == horizon):
-            log_evaluation(folder, trainer, step)
+            log_evaluation(folder, checkpoints, trainer, step)
 
+    def end_if_asked(step: int, *, saved: bool) -> None:
+        if saving.stop():
+            raise Preempted(f"after step {step} of {horizon}", checkpoints.last() if saved else save())
+
+    if trainer.steps_done < horizon:
+        end_if_asked(trainer.steps_done, saved=True)
     done = [record["step"] for record in folder.lines("eval.jsonl")]
     if trainer.steps_done not in done:
         evaluate_if_due(trainer.steps_done, last=not done)
-    if trainer.steps_done < horizon and saving.stop():
-        raise Preempted(trainer.steps_done, horizon, checkpoints.last())
+    if trainer.steps_done < horizon:
+        end_if_asked(trainer.steps_done, saved=True)
     for stats, seconds in _timed(drive(trainer, steered, horizon - trainer.steps_done)):
         timing = {"seconds_decision": steered.take_seconds()}
-        append_stats(folder, checkpoints, stats_record(stats, seconds) | timing | steered.diagnostics())
+        record = stats_record(stats, seconds) | timing | steered.diagnostics()
+        append(folder, checkpoints, "stats.jsonl", record)
         on_step(stats)
         if stats.skipped or stats.diverged:
-            note(nonfinite(stats, trainer.info.domains, checkpoints.last()))
+            note(nonfinite(stats, trainer.info.domains, checkpoints))
         ends = stats.step == horizon or stats.diverged
-        if not ends and saving.stop():  # an evaluation that is due is made by who goes on
-            raise Preempted(stats.step, horizon, save())
+        if not ends:
+            end_if_asked(stats.step, saved=False)  # an evaluation that is due is made by who goes on
         evaluate_if_due(stats.step, last=ends)
-        if stats.step % save_every == 0 if not ends else saving.final and not stats.diverged:
+        due = stats.step % save_every == 0 if not ends else saving.final and not stats.diverged
+        if due:
             save()
+        if not ends:
+            end_if_asked(stats.step, saved=due)
 
 
-def append_stats(folder: RunFolder, checkpoints: Checkpoints, record: dict[str, Any]) -> None:
+def append(folder: RunFolder, checkpoints: Checkpoints, name: str, record: dict[str, Any]) -> None:
+    """Append a line to a log of the run.
+
+    Raises:
+        DataError: there is no space left, and which checkpoint stays.
+    """
     try:
-        folder.append("stats.jsonl", record)
+        folder.append(name, record)
     except DataError as error:
-        raise DataError(f"{folder.path / 'stats.jsonl'}: {checkpoints.still_there(error)}") from error
+        raise DataError(f"{folder.path / name}: {checkpoints.still_there(error)}") from error
 
 
-def resume(
-    folder: RunFolder, trainer: Trainer, mixer: Mixer, checkpoints: Checkpoints, *, adapt: bool = False
-) -> Checkpoint | None:
+def resume(folder: RunFolder, trainer: Trainer, mixer: Mixer, checkpoints: Checkpoints, *, adapt: bool = False) -> None:
     """Put trainer and mixer where the newest whole checkpoint is, and the logs; says which, and what was skipped.
 
     Args:
@@ -142,18 +139,13 @@ def resume(
         adapt: let settings differ from the checkpoint's.
 
     Raises:
-        DataError: they differ, and may not.
+        ConfigError, DataError: they differ, and may not.
     """
-    found = checkpoints.newest()
+    found, changed = find(folder, checkpoints, trainer.info.horizon, adapt=adapt)
     if found is None:
-        folder.rewind(0)
-        if adapt:
-            folder.adopt(0)
-        return None
-    for reason in found.skipped:
-        note(f"skipped {reason}")
-    changed = differences(found.identity, folder.config)
-    _check_changes(found, changed, adapt, trainer.info.horizon)
+        folder.adopt(0)
+        folder.rewind(-1 if changed else 0)
+        return
     if changed.keys() & {*LOADING}:
         trainer.load_state_dict(found.state["trainer"], adapt=True)  # type: ignore[call-arg]
     else:
@@ -161,6 +153,48 @@ def resume(
     if not changed.keys() & {*DECIDING}:
         mixer.load_state_dict(found.state["mixer"])
     folder.rewind(found.step)
+    say_resumed(found, trainer)
+    if changed:
+        _adapted(folder, trainer, mixer, checkpoints, changed)
+
+
+def find(
+    folder: RunFolder, checkpoints: Checkpoints, horizon: int, *, adapt: bool = False
+) -> tuple[Checkpoint | None, dict[str, list[Any]]]:
+    """The newest whole checkpoint, None if there is none yet, and the settings that have changed since.
+
+    Raises:
+        ConfigError, DataError: they may not change, or not in this way.
+    """
+    found = checkpoints.newest()
+    for reason in found.skipped if found else ():
+        note(f"skipped {reason}")
+    changed = differences(found.identity if found else recorded_config(folder.path), folder.config)
+    _check_changes(found.path if found else folder.path, changed, adapt)
+    done = found.step if found else 0
+    if done > horizon:
+        raise ConfigError(f"steps={horizon}: must be at least {done}, which the run has done")
+    if done == horizon and changed.keys() & {*DATA}:
+        raise ConfigError(
+            f"steps={horizon}: must be more than {done}, which the run has done, to go on with other data"
+        )
+    return found, changed
+
+
+def _check_changes(where: Path, changed: dict[str, list[Any]], adapt: bool) -> None:
+    """Refuse what may not change, and everything else that was not said to."""
+    for name, (there, now) in changed.items():
+        what = f"{where}: must be of a run with {name}={now!r}; it is of one with {there!r}"
+        if name in FIXED:
+            raise DataError(what)
+        if not adapt:
+            raise DataError(
+                f"{what}; remove it, or, for a run of acodm transfer, go on from it with these settings by --adapt"
+            )
+
+
+def say_resumed(found: Checkpoint, trainer: Trainer) -> None:
+    """Say where a run goes on from."""
     note(f"resumed from {found.path}: step {found.step} of {trainer.info.horizon}")
     world = world_of(trainer)
     if world != found.world:
@@ -168,23 +202,6 @@ def resume(
             f"{world} processes instead of {found.world}: cursors are global, nothing was redistributed; each process "
             f"takes every {world}th row of a batch"
         )
-    if changed:
-        _adapted(folder, trainer, mixer, checkpoints, changed)
-    return found
-
-
-def _check_changes(found: Checkpoint, changed: dict[str, list[Any]], adapt: bool, horizon: int) -> None:
-    """Refuse what may not change, and everything else that was not said to."""
-    for name, (there, now) in changed.items():
-        if name in FIXED:
-            raise DataError(f"{found.path}: must be of a run with {name}={now!r}; it is of one with {there!r}")
-        if not adapt:
-            raise DataError(
-                f"{found.path}: must be of a run with {name}={now!r}; it is of one with {there!r}; remove it, or go on "
-                f"from it with these settings by --adapt"
-            )
-    if found.step > horizon:
-        raise ConfigError(f"steps={horizon}: must be at least {found.step}, which the run has done")
 
 
 def _adapted(
@@ -199,13 +216,14 @@ def _adapted(
     note(f"adapted: {what}{afresh}")
 
 
-def nonfinite(stats: StepStats, domains: tuple[str, ...], last: Path | None) -> str:
+def nonfinite(stats: StepStats, domains: tuple[str, ...], checkpoints: Checkpoints) -> str:
     """What to say of a step whose loss or gradient is not finite."""
     guilty = [name for name, bad in zip(domains, stats.guilty, strict=True) if bad]
     what = f"the loss of {', '.join(guilty)} is" if guilty else "the gradient is, though no loss,"
     what = f"step {stats.step}: {what} not finite"
     if not stats.diverged:
         return f"{what}; the step was skipped, the run goes on"
+    last = checkpoints.last()
     good = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
     return f"{what}; the step was not applied, and the run ends; {good}"
 
@@ -225,15 +243,17 @@ def _timed(steps: Iterator[StepStats]) -> Iterator[tuple[StepStats, float]]:
         yield stats, time.perf_counter() - started
 
 
-def log_evaluation(folder: RunFolder, trainer: Trainer, step: int) -> None:
+def log_evaluation(folder: RunFolder, checkpoints: Checkpoints, trainer: Trainer, step: int) -> None:
+    """Evaluate on the test split, and append what it gave."""
     started = time.perf_counter()
     losses = trainer.evaluate("test")
     seconds = time.perf_counter() - started
     record = {"step": step, "losses": _plain(losses), "targets": list(trainer.info.targets), "seconds": seconds}
-    folder.append("eval.jsonl", record)
+    append(folder, checkpoints, "eval.jsonl", record)
 
 
 def stats_record(stats: StepStats, seconds: float) -> dict[str, Any]:
+    """A step as a line of `stats.jsonl`."""
     return {
         "step": stats.step,
         "tokens": stats.tokens,

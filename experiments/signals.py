@@ -10,12 +10,16 @@ from pathlib import Path
 class Preempted(Exception):
     """The run was asked to end before its horizon, and can go on from where it is."""
 
-    def __init__(self, step: int, horizon: int, checkpoint: Path | None):
-        self.step, self.checkpoint = step, checkpoint
-        where = f"saved in {checkpoint}" if checkpoint else "nothing was to be saved yet"
-        super().__init__(
-            f"ended by SIGTERM after step {step} of {horizon}; {where}; the same command goes on from there"
-        )
+    def __init__(self, where: str, checkpoint: Path | None = None):
+        """Say so.
+
+        Args:
+            where: the run was, in words.
+            checkpoint: the one that the same command goes on from, if it is known.
+        """
+        self.checkpoint = checkpoint
+        saved = f"saved in {checkpoint}" if checkpoint else "nothing was to be saved yet"
+        super().__init__(f"ended by SIGTERM {where}; {saved}; the same command goes on from there")
 
 
 @contextmanager

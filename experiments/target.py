@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from acodm_env.corpus import TokenStore, open_corpus
@@ -142,16 +143,16 @@ def finished(config: TargetConfig, folder: RunFolder) -> dict[str, Any] | None:
     return result
 
 
-def tell(out: str, result: Mapping[str, Any], *left: str) -> None:
+def tell(out: str, result: Mapping[str, Any]) -> None:
     """Print a result and where it lies.
 
     Args:
         out: folder of the run.
         result: its `result.json`.
-        left: what else the run left there.
     """
-    untold = ("config", "domain_loss_nats", "gate", "learning", "cost")
+    untold = ("config", "domain_loss_nats", "gate", "learning", "accounting")
     say(listing((name, value) for name, value in result.items() if name not in untold))
     losses = result["domain_loss_nats"].items()
     say(listing((f"  {name}", "diverged" if loss is None else f"{loss:.4f} nats") for name, loss in losses))
+    left = [f"{name}/" for name in ("policy", "model") if (Path(out) / name).exists()]
     say(f"run: {out} ({', '.join(('result.json', 'stats.jsonl', 'eval.jsonl', *left))})")

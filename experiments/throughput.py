@@ -108,12 +108,12 @@ class PerDomain(Variant):
         tokens = torch.from_numpy(batch.tokens).to(trainer.device)  # (B, T)
         trainer.optimizer.zero_grad(set_to_none=True)
         kept = []
-        total = 0.0
+        total = torch.zeros((), device=trainer.device)
         for rows in torch.split(tokens, batch.counts.tolist()):
             if len(rows):
                 loss = self._loss(rows, tokens[:, 1:].numel())
                 loss.backward()  # type: ignore[no-untyped-call]
-                total += float(loss.detach())
+                total += loss.detach()
                 kept.append([weight.grad for weight in self.weights])
                 for weight in self.weights:
                     weight.grad = None
@@ -121,7 +121,7 @@ class PerDomain(Variant):
             weight.grad = torch.stack(gradients).sum(0)
         norm = float(torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), trainer.config.clip_norm))
         trainer.optimizer.step()
-        return bare_stats(batch.counts.astype(np.float64), total, norm)
+        return bare_stats(batch.counts.astype(np.float64), float(total), norm)
 
     def _loss(self, rows: torch.Tensor, num_tokens: int) -> torch.Tensor:
         """Sum of the rows' token losses over the whole batch's number of tokens."""

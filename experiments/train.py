@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from acodm_env.errors import ConfigError
 from acodm_env.experiments.console import listing, progress, say
-from acodm_env.experiments.runs import RunFolder, versions
+from acodm_env.experiments.run_folder import RunFolder, versions
 from acodm_env.files import write_json
 
 if TYPE_CHECKING:

@@ -7,21 +7,26 @@ writes and speaks; the others do to their part of the model what it says.
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from acodm_env.agents.baselines import make_mixer
 from acodm_env.corpus import TokenStore
 from acodm_env.errors import ConfigError
 from acodm_env.experiments.console import note, progress, say
 from acodm_env.experiments.cost import run_cost
-from acodm_env.experiments.lock import claimed
+from acodm_env.experiments.override import Hand
 from acodm_env.experiments.results import mixer_result
-from acodm_env.experiments.runs import RunFolder, Saving, open_run, run_mixer
+from acodm_env.experiments.run_folder import RunFolder, open_run
+from acodm_env.experiments.runs import Saving, run_mixer
 from acodm_env.experiments.signals import Preempted, heeding_sigterm, never
 from acodm_env.experiments.target import ASIDE, TargetConfig, check_out, finished, open_store, target_trainer, tell
 from acodm_env.files import write_json
+from acodm_env.lock import claimed
 from acodm_env.policy import Policy, PolicyMixer, scaled_interval
 from acodm_env.trainer import Mixer, StepStats, Trainer
+
+if TYPE_CHECKING:
+    from acodm_env.pretrain.leader import Led
 
 COMPARABLE = (
     *("corpus_fingerprint", "target", "steps", "batch_size", "sequence_length"),
@@ -76,7 +81,7 @@ def run(config: TransferConfig) -> None:
             note(f"acodm: {end}")
             return
     if result is not None:
-        tell(config.out, result, "model/")
+        tell(config.out, result)
 
 
 def _gate(config: TransferConfig, store: TokenStore, mixer: Mixer) -> dict[str, Any] | None:
@@ -126,7 +131,7 @@ def transfer(
         mixer: who drives it.
         reference: the run that its steps are counted against.
         gate: gives the verdicts on the policy, for the record; called if the run is not finished.
-        stop: asked after every step: whether to save and end now.
+        stop: asked before and after every step: whether to save and end now.
 
     Raises:
         ConfigError, PolicyError, DataError: something does not fit; `out` is untouched then.
@@ -138,12 +143,16 @@ def transfer(
     with leading(trainer) as led:
         if led is None:
             return None
+        if stop():
+            raise Preempted("before it began")
         mixer.start(led.info)  # refuses what does not fit before the folder is claimed
         identity = _identity(config, store, mixer)
         if reference is not None:
             _check_comparable(identity, reference)
         check_out(config, identity, adapt=config.adapt)
         verdicts = gate()
+        if stop():
+            raise Preempted("before it began")
         with claimed(config.out):
             folder = RunFolder(config.out, identity, adapt=config.adapt)
             before = finished(config, folder)
@@ -165,12 +174,12 @@ def _result(
     if before is None:
         cost = run_cost(folder, trainer)
     else:
-        gate, cost = before.get("gate"), before.get("cost")
+        gate, cost = before.get("gate"), before.get("accounting")
         if reference is None:
             fields["steps_to_reference_ratio"] = before["steps_to_reference_ratio"]
     about = {
         "gate": gate,
-        "cost": cost,
+        "accounting": cost,
         "corpus_fingerprint": folder.config["corpus_fingerprint"],
         "config": folder.config,
     }
@@ -203,13 +212,13 @@ def _check_comparable(identity: dict[str, Any], reference: RunFolder) -> None:
 
 def _train(
     config: TransferConfig,
-    trainer: Trainer,
+    trainer: "Led",
     mixer: Mixer,
     store: TokenStore,
     folder: RunFolder,
     stop: Callable[[], bool],
 ) -> None:
-    device, world = trainer.inner.device, trainer.inner.ranks.world  # type: ignore[attr-defined]
+    device, world = trainer.inner.device, trainer.inner.ranks.world
     where = f"{device}" if world == 1 else f"{world} processes ({device.type})"
     if not config.quiet:
         say(f"{mixer.name} drives {config.target} for {config.steps} steps on {where}")
@@ -237,6 +246,7 @@ def _train(
             evaluations=config.evaluations,
             on_step=on_step,
             saving=saving,
+            hand=Hand(folder.path, trainer.info.domains),
         )
     if diverged:
         note("to go on without such steps: the same command with --on-nonfinite skip; or a new run, with a lower rate")

@@ -22,8 +22,14 @@ def command_lines():
     """Every `acodm …` line of the pages, continuation lines joined, without comments."""
     for page in PAGES:
         text = page.read_text(encoding="utf-8").replace("\\\n", " ")
-        for line in re.findall(r"^    (?:\S*/)?acodm (.+)$", text, flags=re.MULTILINE):
-            yield pytest.param(shlex.split(line, comments=True), id=line[:60])
+        fenced = "\n".join(re.findall(r"^```\w*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL))
+        lines = re.findall(r"^ {4,8}(?:\S*/)?acodm (.+)$", text, flags=re.MULTILINE)
+        lines += re.findall(r"^(?:\S*/)?acodm (.+)$", fenced, flags=re.MULTILINE)
+        lines += re.findall(
+            r"(?:torchrun|accelerate launch) .*-m acodm_env\.experiments\.(.+?)(?: SETTINGS.*)?$", text, re.MULTILINE
+        )
+        for line in lines:
+            yield pytest.param(shlex.split(line.rstrip("`| ,"), comments=True), id=line[:60])
 
 
 @pytest.mark.parametrize("arguments", list(command_lines()))

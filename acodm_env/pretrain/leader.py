@@ -88,6 +88,11 @@ class Led(TrainerWrapper):
         with self._all("state_dict"):
             return self.inner.state_dict()
 
+    def model_state(self) -> dict[str, Any]:
+        """The model alone, gathered from all processes."""
+        with self._all("model_state"):
+            return self.inner.model_state()
+
     def load_state_dict(self, state: Mapping[str, Any], adapt: bool = False) -> None:
         """Go on from a state that any number of processes made (`LMTrainer.load_state_dict`)."""
         with self._all("load_state_dict", adapt=adapt):
@@ -145,6 +150,8 @@ def _serve(trainer: "LMTrainer") -> None:
                 trainer.evaluate(order["split"])
             elif command == "state_dict":
                 trainer.state_dict()
+            elif command == "model_state":
+                trainer.model_state()
             elif command == "load_state_dict":
                 trainer.load_state_dict({}, order["adapt"])
             else:

@@ -316,11 +316,16 @@ class LMTrainer:
             "step": self.steps_done,
             "seed": self.info.seed,
             "initial_layer_norms": list(self.info.initial_layer_norms),
-            "model": to_numpy(self.bare_model.state_dict(), keep=keep),
+            "model": self.model_state(),
             "optimizer": to_numpy(self.optimizer.state_dict(), keep=keep),
             "sampler": self._loader.state_dict(),
             "snapshot": to_numpy(dict(enumerate(self._snapshot)), keep=keep),
         }
+
+    def model_state(self) -> dict[str, Any]:
+        """The model alone, as in `state_dict`; all processes take part."""
+        arrays: dict[str, Any] = to_numpy(self.bare_model.state_dict(), keep=self.ranks.rank == 0)
+        return arrays
 
     def load_state_dict(self, state: Mapping[str, Any], adapt: bool = False) -> None:
         """Go on exactly from `state_dict`'s value; call after a `reset` with any generator.

@@ -104,6 +104,26 @@ def test_damaged_ones_do_not_count_as_kept(tmp_path):
     assert checkpoints.last() == tmp_path / "step-00000040"
 
 
+def test_a_damaged_newer_one_neither_counts_as_kept_nor_is_the_last(tmp_path):
+    """It has its full size, and its step is above that of the next write."""
+    checkpoints = filled(tmp_path, (20, 30), keep=1 + 1)
+    flip(tmp_path / "step-00000030")
+    assert checkpoints.last() == tmp_path / "step-00000020"
+    checkpoints.keep = 1
+    checkpoints.write(25, state(25), IDENTITY)
+    assert checkpoints.steps() == [25, 30]
+    found = checkpoints.newest()
+    assert found.step == 25
+    assert found.skipped[0].endswith("(checksum); put aside as damaged-step-00000030")
+    assert checkpoints.steps() == [25]
+    assert (tmp_path / "damaged-step-00000030" / STATE).exists()
+    checkpoints.write(30, state(30), IDENTITY)
+    flip(tmp_path / "step-00000030")
+    with pytest.raises(DataError, match="must hold a whole checkpoint"):
+        checkpoints.newest()
+    assert checkpoints.last() is None
+
+
 def test_none_whole_is_refused_rather_than_begun_again(tmp_path):
     checkpoints = filled(tmp_path, (10, 20))
     cut(tmp_path / "step-00000010")

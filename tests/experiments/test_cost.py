@@ -1,4 +1,5 @@
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +8,8 @@ import torch
 
 from acodm_env.agents.baselines import make_mixer
 from acodm_env.experiments.cost import cost, peak_flops, peak_memory_bytes, run_cost, utilisation
-from acodm_env.experiments.run_record import read_run
-from acodm_env.experiments.runs import RunFolder, run_mixer
+from acodm_env.experiments.run_folder import RunFolder
+from acodm_env.experiments.runs import run_mixer
 from toy import ToyTrainer
 
 STEP = {"seconds": 0.5, "seconds_data": 0.01, "seconds_train": 0.4, "seconds_probe": 0.02, "seconds_decision": 0.03}
@@ -20,12 +21,45 @@ def test_cost_sums_the_logs_of_a_run():
     found = cost(RECORDS, EVALUATIONS, flops_per_token=6e6, memory=1234)
     assert found["tokens"] == 200
     assert found["flops"] == 200 * 6e6
-    seconds = {"data": 0.02, "train": 0.8, "probe": 0.04, "decision": 0.06, "evaluation": 0.75}
+    seconds = {"data": 0.02, "train": 0.8, "probe": 0.04, "decision": 0.06, "validation": 0.0, "evaluation": 0.75}
     assert found["seconds"] == pytest.approx(seconds)
     assert found["tokens_per_second"] == pytest.approx(200.0)  # 200 tokens in two steps of 0.5 s
     assert found["overhead_frac"] == pytest.approx(0.12 / 0.8)
     assert found["peak_memory_bytes"] == 1234
     assert (found["mfu"], found["mfu_unknown"]) == (None, "no peak is known for a CPU")
+
+
+def test_rates_are_those_of_the_lines_that_were_kept():
+    """A log that begins at step 8, as it does after domains were added: 2 of 9 steps, in 1 s."""
+    kept = [{"step": step, "tokens": 100 * step, **STEP} for step in (8, 9)]
+    found = cost(kept, [], flops_per_token=989.4e12 / 200, device_name="NVIDIA H200", precision="bf16")
+    assert found["tokens"] == 900
+    assert found["flops"] == pytest.approx(900 * 989.4e12 / 200)
+    assert found["tokens_per_second"] == pytest.approx(200.0)
+    assert found["mfu"] == pytest.approx(1.0)
+
+
+def test_evaluations_that_a_mixer_asks_for_are_overhead(tmp_path):
+    class Asking(type(make_mixer("uniform"))):
+        needs = frozenset({"losses", "validation"})
+
+        def due(self, step):
+            return step % 5 == 0
+
+    class Slow(ToyTrainer):
+        def evaluate(self, split):
+            time.sleep(0.02 if split == "validation" else 0)
+            return super().evaluate(split)
+
+    trainer = Slow((0.6, 0.3, 0.1))
+    folder = RunFolder(tmp_path, {"domains": list(trainer.info.domains), "mixer": "asking"})
+    run_mixer(folder, trainer, Asking(), seed=0, evaluations=4)
+    records = folder.lines("stats.jsonl")
+    assert [r["step"] for r in records if "seconds_validation" in r] == [5, 10, 15, 20]
+    assert all(r["seconds"] > r["seconds_validation"] >= 0.02 for r in records[4::5])
+    assert run_cost(folder, trainer)["seconds"]["validation"] >= 4 * 0.02
+    line = {"step": 1, "tokens": 100, **STEP, "seconds_validation": 0.1}
+    assert cost([line], [], flops_per_token=1.0)["overhead_frac"] == pytest.approx((0.06 + 0.1) / 0.4)
 
 
 def test_utilisation_is_of_all_devices_together():
@@ -38,7 +72,7 @@ def test_utilisation_is_of_all_devices_together():
 def test_what_was_not_logged_is_null_not_zero():
     old = [{"step": 1, "tokens": 100, "seconds": 0.5}]
     found = cost(old, [{"step": 0}], flops_per_token=1.0)
-    assert found["seconds"] == dict.fromkeys(("data", "train", "probe", "decision", "evaluation"))
+    assert found["seconds"] == dict.fromkeys(("data", "train", "probe", "decision", "evaluation")) | {"validation": 0.0}
     assert found["overhead_frac"] is None
     assert found["tokens_per_second"] == 200.0
     partly = cost([RECORDS[0], *old], EVALUATIONS, flops_per_token=1.0)  # resumed by a version that logs more
@@ -80,15 +114,3 @@ def test_cost_of_a_run_folder(tmp_path):
     assert found["tokens_per_second"] > 0
     assert found["peak_memory_bytes"] is None  # a toy has no device
     assert json.loads(json.dumps(found, allow_nan=False)) == found
-
-
-def test_a_report_does_not_take_a_runs_own_cost_for_a_benchmarks(tmp_path):
-    folder, trainer = finished(tmp_path / "run")
-    losses = {"domain0": 3.0, "domain1": 3.0, "domain2": 3.0}
-    result = {"mean_loss_nats": 3.0, "mean_perplexity": 20.0, "domain_loss_nats": losses, "diverged": False}
-    about = {"seconds_per_step": 0.1, "cost": run_cost(folder, trainer)}
-    (tmp_path / "run" / "result.json").write_text(json.dumps(result | about))
-    run = read_run(tmp_path / "run", mixer="uniform", schedule="cosine", seed=0, command="", targets=[*losses])
-    assert run.status == "finished", run.message
-    assert "cost" not in run.result
-    assert run.result["accounting"]["tokens"] == 1000

@@ -14,17 +14,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from acodm_env.corpus.tokens import TokenStore
 from acodm_env.experiments import cli
 from acodm_env.experiments.checkpoints import Checkpoints
+from acodm_env.experiments.throughput import random_policy
 from acodm_env.files import read_json
+from acodm_env.pretrain.config import LMConfig
+from acodm_env.pretrain.trainer import LMTrainer
 
 KINDS = {
     "bandit": ["--mixer", "odm-released"],
     "gradients, ahead": ["--mixer", "eg-interaction", "--decision_every", "3", "--prefetch", "2"],
     "accumulated": ["--mixer", "odm-released", "--accumulation", "2", "--domains", "verbs,letters"],
+    "policy": ["--no-gate", "--policy"],
 }
-
-
 FIXED = ["--mixer", "static", "--weights", "letters=0.5,numbers=0.3,verbs=0.2"]
 
 
@@ -32,7 +35,22 @@ def settings(corpus, out, kind, steps):
     sizes = ["--batch_size", "8", "--sequence_length", "32", "--eval_sequences", "2", "--evaluations", "7"]
     saving = ["--checkpoint_every", "4", "--keep", "2"]
     run = ["--corpus", str(corpus), "--target", "tiny", "--steps", str(steps), "--quiet", "--out", str(out)]
-    return [*run, *sizes, *saving, *(KINDS | {"fixed": FIXED})[kind]]
+    chosen = (KINDS | {"fixed": FIXED})[kind]
+    if kind == "policy":
+        chosen = [*chosen, str(exported(corpus, out.parent / "exported"))]
+    return [*run, *sizes, *saving, *chosen]
+
+
+def exported(corpus, path):
+    """A policy of random weights that decides every third step, with all that it observes."""
+    if not path.exists():
+        trainer = LMTrainer(
+            LMConfig(model="tiny", batch_size=8, sequence_length=32, decision_every=3, horizon=150),
+            TokenStore.open(corpus),
+        )
+        trainer.reset(np.random.default_rng(0))
+        random_policy(trainer.info, seed=1).save(path)
+    return path
 
 
 def lines(out, name):
@@ -100,8 +118,8 @@ def finish(process):
     return process.exitcode
 
 
-def test_killed_twice_it_ends_with_the_same_bits(launch, tiny_corpus, tmp_path):
-    kind = "gradients, ahead"
+@pytest.mark.parametrize("kind", ["gradients, ahead", "policy"])
+def test_killed_twice_it_ends_with_the_same_bits(launch, tiny_corpus, tmp_path, kind):
     whole = launch(settings(tiny_corpus, tmp_path / "whole", kind, 40))
     assert finish(whole) == 0
     cut = tmp_path / "cut"

@@ -8,8 +8,10 @@ import pytest
 
 from acodm_env.agents.baselines import make_mixer
 from acodm_env.errors import ConfigError
-from acodm_env.experiments.override import FILE, Override, Steered
-from acodm_env.experiments.runs import RunFolder, run_mixer
+from acodm_env.experiments.override import FILE, Hand, Override, Steered
+from acodm_env.experiments.results import mixer_result
+from acodm_env.experiments.run_folder import RunFolder
+from acodm_env.experiments.runs import run_mixer
 from toy import ToyTrainer
 
 DOMAINS = ("a", "b", "c", "d")
@@ -94,8 +96,10 @@ class Clock:
 @pytest.fixture
 def steered(tmp_path):
     clock = Clock()
-    mixer = Steered(make_mixer("static", weights="domain0=0.5,domain1=0.3,domain2=0.2"), tmp_path, clock)
-    mixer.start(ToyTrainer((0.5, 0.3, 0.2)).info)
+    info = ToyTrainer((0.5, 0.3, 0.2)).info
+    static = make_mixer("static", weights="domain0=0.5,domain1=0.3,domain2=0.2")
+    mixer = Steered(static, Hand(tmp_path, info.domains, clock))
+    mixer.start(info)
     mixer.clock = clock
     return mixer
 
@@ -169,13 +173,57 @@ def test_a_broken_file_is_said_once_and_ignored(steered, tmp_path, capsys, text,
     assert "what it said before stays in effect" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda file: file.mkdir(),
+        lambda file: file.write_text('{"pin":' * 100_000),
+        lambda file: file.write_text('{"pin": {"domain0": 1' + "0" * 5000 + "}}"),
+        lambda file: file.write_bytes(b"\xff\xfe"),
+        lambda file: (file.write_text("{}"), file.chmod(0)),
+    ],
+    ids=["folder", "deeply nested", "long number", "not text", "not readable"],
+)
+def test_nothing_by_that_name_ends_the_run(steered, tmp_path, capsys, make, monkeypatch):
+    make(tmp_path / FILE)
+    if not (tmp_path / FILE).stat().st_mode & 0o777:  # root may read it all the same
+
+        def denied(*arguments):
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr("acodm_env.experiments.override.read_json", denied)
+    assert now(steered) == [0.5, 0.3, 0.2]
+    assert capsys.readouterr().err.count("ignored") == 1
+
+
+def test_a_log_that_cannot_be_written_keeps_nothing_from_taking_effect(steered, tmp_path, capsys):
+    (tmp_path / "overrides.jsonl").symlink_to("/dev/full")
+    put(tmp_path, {"pin": {"domain0": 0.2}})
+    assert now(steered) == pytest.approx([0.2, 0.48, 0.32])
+    said = capsys.readouterr().err
+    assert "No space left on device" in said
+    assert "override from step 1" in said
+
+
 def test_a_run_under_the_hand(tmp_path):
     folder = RunFolder(tmp_path / "run", {"mixer": "odm-released"})
     put(folder.path, {"pin": {"domain0": 0.5}, "cap": {"domain1": 0.1}})
-    run_mixer(folder, ToyTrainer((0.6, 0.3, 0.1)), make_mixer("odm-released"), seed=0, evaluations=2)
+    trainer = ToyTrainer((0.6, 0.3, 0.1))
+    hand = Hand(folder.path, trainer.info.domains)
+    run_mixer(folder, trainer, make_mixer("odm-released"), seed=0, evaluations=2, hand=hand)
     records = folder.lines("stats.jsonl")
     assert len(records) == 20
     for record in records:
         assert record["requested"][0] == pytest.approx(0.5)
         assert record["requested"][1] <= 0.1 + 1e-9
         assert record["overridden"] == 1.0
+    assert mixer_result(folder, None)["overridden_steps"] == 20
+
+
+def test_without_a_hand_the_file_is_nobodys(tmp_path):
+    """A benchmark's cells: they must stay comparable."""
+    folder = RunFolder(tmp_path / "run", {"mixer": "uniform"})
+    put(folder.path, {"pin": {"domain0": 0.5}})
+    run_mixer(folder, ToyTrainer((0.6, 0.3, 0.1)), make_mixer("uniform"), seed=0, evaluations=2)
+    np.testing.assert_allclose([record["requested"] for record in folder.lines("stats.jsonl")], 1 / 3)
+    assert mixer_result(folder, None)["overridden_steps"] == 0

@@ -141,7 +141,7 @@ def test_domains_and_targets_may_differ(tiny_corpus, tmp_path):
         **tiny(tiny_corpus, tmp_path / "b", domains="letters,numbers", objective="verbs=3,letters=1")
     )
     make_plan(config, tmp_path / "b")
-    from acodm_env.experiments.runs import recorded_config
+    from acodm_env.experiments.run_folder import recorded_config
 
     settings = recorded_config(tmp_path / "b")
     assert settings["domains"] == ["letters", "numbers"]

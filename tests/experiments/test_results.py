@@ -7,7 +7,8 @@ from acodm_env.agents.baselines import make_mixer
 from acodm_env.errors import ConfigError, DataError
 from acodm_env.experiments import results
 from acodm_env.experiments.mixture import interleave_call
-from acodm_env.experiments.runs import RunFolder, open_run, run_mixer
+from acodm_env.experiments.run_folder import RunFolder, open_run
+from acodm_env.experiments.runs import run_mixer
 from toy import ToyTrainer
 
 

@@ -13,10 +13,11 @@ from acodm_env import files
 from acodm_env.agents.baselines import make_mixer
 from acodm_env.errors import ConfigError, DataError
 from acodm_env.experiments.checkpoints import Checkpoints
-from acodm_env.experiments.lock import claimed
-from acodm_env.experiments.runs import RunFolder, Saving, nonfinite, run_mixer
+from acodm_env.experiments.run_folder import RunFolder
+from acodm_env.experiments.runs import Saving, nonfinite, run_mixer
 from acodm_env.experiments.signals import Preempted
 from acodm_env.files import disk_errors, read_json
+from acodm_env.lock import claimed
 from toy import ToyTrainer
 
 BEST = (0.6, 0.3, 0.1)
@@ -40,20 +41,14 @@ def lines(folder, name):
     return [{key: value for key, value in record.items() if not key.startswith("seconds")} for record in records]
 
 
-def after(step):
-    """Ask a run to end once it has done `step` steps."""
-    seen = []
-
-    def stop():
-        seen.append(1)
-        return len(seen) > step
-
-    return stop
+def logged(path):
+    return len((path / "stats.jsonl").read_text().splitlines()) if (path / "stats.jsonl").exists() else 0
 
 
 def stopped(path, step, **saving):
+    """Ask a run to end once it has done `step` steps."""
     with pytest.raises(Preempted) as end:
-        run(path, stop=after(step), **saving)
+        run(path, stop=lambda: logged(path) >= step, **saving)
     return end.value
 
 
@@ -69,13 +64,34 @@ def assert_same(folder, whole):
 def test_asked_to_stop_it_saves_at_that_step_and_goes_on_to_the_same_lines(tmp_path, step, capsys):
     """Evaluations are due after 4, 8, … steps: one that is due at the end is made by who goes on."""
     end = stopped(tmp_path / "cut", step)
-    assert end.step == step
+    assert f"after step {step} of 20" in str(end)
     last = Checkpoints(tmp_path / "cut" / "checkpoints").last()
     assert end.checkpoint == last
     assert last is None or last.name == f"step-{step:08d}"
     folder = run(tmp_path / "cut")
     assert_same(folder, run(tmp_path / "whole"))
     assert ("resumed from" in capsys.readouterr().err) == (step > 0)
+
+
+@pytest.mark.parametrize(("when", "at"), [("test evaluation", 4), ("first evaluation", 0), ("checkpoint", 6)])
+def test_asked_while_it_evaluates_or_saves_it_takes_no_further_step(tmp_path, when, at):
+    asked = []
+
+    class Interrupted(ToyTrainer):
+        def evaluate(self, split):
+            asked.extend([1] * (when != "checkpoint" and self.steps_done == at))
+            return super().evaluate(split)
+
+        def state_dict(self):
+            asked.extend([1] * (when == "checkpoint" and self.steps_done == at))
+            return super().state_dict()
+
+    with pytest.raises(Preempted, match=f"after step {at} of 20"):
+        run(tmp_path / "cut", trainer=Interrupted(BEST), stop=lambda: bool(asked))
+    assert logged(tmp_path / "cut") == at
+    last = Checkpoints(tmp_path / "cut" / "checkpoints").last()
+    assert last is None if at == 0 else last.name == f"step-{at:08d}"
+    assert_same(run(tmp_path / "cut"), run(tmp_path / "whole"))
 
 
 def test_default_interval_and_final_checkpoint(tmp_path):
@@ -128,11 +144,12 @@ def test_no_space_for_a_checkpoint(tmp_path, monkeypatch):
     assert_same(run(tmp_path / "cut"), run(tmp_path / "whole"))
 
 
-def test_no_space_for_a_line(tmp_path, monkeypatch):
+@pytest.mark.parametrize("log", ["stats.jsonl", "eval.jsonl"])
+def test_no_space_for_a_line(tmp_path, monkeypatch, log):
     append = RunFolder.append
 
     def limited(self, name, record):
-        if record["step"] == 8:
+        if record["step"] == 8 and name == log:
             with disk_errors(self.path / name), (self.path / name).open("a") as stream:
                 stream.write('{"step": 8, "to')
                 stream.flush()
@@ -140,7 +157,7 @@ def test_no_space_for_a_line(tmp_path, monkeypatch):
         append(self, name, record)
 
     monkeypatch.setattr(RunFolder, "append", limited)
-    with pytest.raises(DataError, match=r"stats\.jsonl: disk full .* last whole checkpoint, .*step-00000006, stays"):
+    with pytest.raises(DataError, match=rf"{log}: disk full .* last whole checkpoint, .*step-00000006, stays"):
         run(tmp_path / "cut")
     monkeypatch.undo()
     assert_same(run(tmp_path / "cut"), run(tmp_path / "whole"))
@@ -197,8 +214,11 @@ def test_logs_of_other_domains_are_put_aside(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "value"), [("seed", 1), ("batch_size", 32)])
-def test_some_settings_never_change(tmp_path, name, value):
-    stopped(tmp_path / "run", 7)
+@pytest.mark.parametrize("step", [2, 7])
+def test_some_settings_never_change(tmp_path, name, value, step):
+    """Not even before the first checkpoint, which comes after step 3."""
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path / "run", stop=lambda: 0 if logged(tmp_path / "run") < step else 1 // 0)
     with pytest.raises(DataError, match=f"must be of a run with {name}={value}; it is of one with"):
         run(tmp_path / "run", changes={name: value}, adapt=True)
     assert read_json(tmp_path / "run" / "config.json")["config"] == config()
@@ -208,6 +228,39 @@ def test_fewer_steps_than_done(tmp_path):
     stopped(tmp_path / "run", 7)
     with pytest.raises(ConfigError, match="steps=5: must be at least 7, which the run has done"):
         run(tmp_path / "run", trainer=ToyTrainer(BEST, horizon=5), changes={"steps": 5}, adapt=True)
+
+
+def test_adapted_before_the_first_checkpoint_it_begins_again(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path / "run", stop=lambda: 0 if logged(tmp_path / "run") < 2 else 1 // 0)
+    other = {"changes": {"corpus_fingerprint": "another"}, "trainer": ToyTrainer((0.1, 0.3, 0.6))}
+    folder = run(tmp_path / "run", adapt=True, **other)
+    other["trainer"] = ToyTrainer((0.1, 0.3, 0.6))
+    assert_same(folder, run(tmp_path / "whole", **other))
+    assert read_json(folder.path / "config.json")["adapted"][0]["step"] == 0
+
+
+@pytest.mark.parametrize("data", [{"domains": ["domain0", "domain1"]}, {"corpus_fingerprint": "another"}])
+def test_a_finished_run_learns_nothing_of_other_data_without_more_steps(tmp_path, data):
+    run(tmp_path / "run", final=True)
+    with pytest.raises(ConfigError, match="steps=20: must be more than 20, which the run has done"):
+        run(tmp_path / "run", changes=data, adapt=True)
+    assert read_json(tmp_path / "run" / "config.json")["config"] == config()
+
+
+def test_adapted_twice_at_the_same_step_nothing_old_is_left_or_lost(tmp_path):
+    run(tmp_path / "run", final=True)
+    for count, steps in enumerate((21, 22, 23)):
+        (tmp_path / "run" / "result.json").write_text(f'{{"of": {count}}}')
+        (tmp_path / "run" / "model").mkdir()
+        stopped(tmp_path / "run", 20, trainer=ToyTrainer(BEST, horizon=steps), changes={"steps": steps}, adapt=True)
+        assert not (tmp_path / "run" / "result.json").exists()
+        assert not (tmp_path / "run" / "model").exists()
+    for count, name in enumerate(("", "-2", "-3")):
+        archive = tmp_path / "run" / f"before-step-00000020{name}"
+        assert read_json(archive / "result.json") == {"of": count}
+        assert (archive / "model").is_dir()
+    assert read_json(archive / "config.json")["config"]["steps"] == 22
 
 
 def test_a_checkpoint_from_elsewhere_is_named(tmp_path):
@@ -235,13 +288,13 @@ def test_guilty_domains_are_those_that_were_drawn(tmp_path):
     trainer.reset(np.random.default_rng(0))
     stats = trainer.step(np.array([0.5, 0.5, 0.0]))
     bad = replace(stats, losses=np.array([1.0, np.nan, np.nan]), diverged=True)
-    names = trainer.info.domains
-    assert nonfinite(bad, names, None) == (
+    names, none = trainer.info.domains, Checkpoints(tmp_path)
+    assert nonfinite(bad, names, none) == (
         "step 1: the loss of domain1 is not finite; the step was not applied, and the run ends; "
         "there is no checkpoint yet"
     )
     gradient = replace(stats, losses=np.array([1.0, 2.0, np.nan]), skipped=1)
-    assert nonfinite(gradient, names, None) == (
+    assert nonfinite(gradient, names, none) == (
         "step 1: the gradient is, though no loss, not finite; the step was skipped, the run goes on"
     )
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from acodm_env.corpus.tokens import TokenStore
-from acodm_env.experiments import cli, runs, transfer
+from acodm_env.experiments import cli, transfer
 from acodm_env.experiments.checkpoints import Checkpoints
+from acodm_env.experiments.run_folder import RunFolder
 
 SIZES = ["--target", "tiny", "--batch_size", "6", "--sequence_length", "32", "--evaluations", "3", "--quiet"]
 UNIFORM = ["--mixer", "uniform"]
@@ -38,7 +39,7 @@ def until():
     patch = pytest.MonkeyPatch()
 
     def limit(step):
-        original = runs.RunFolder.append
+        original = RunFolder.append
 
         def append(self, name, record):
             original(self, name, record)
@@ -46,7 +47,7 @@ def until():
                 patch.undo()
                 signal.raise_signal(signal.SIGTERM)
 
-        patch.setattr(runs.RunFolder, "append", append)
+        patch.setattr(RunFolder, "append", append)
 
     yield limit
     patch.undo()
@@ -97,6 +98,18 @@ def test_a_finished_run_is_made_longer(tiny_corpus, tmp_path, capsys):
     assert [record["step"] for record in lines(tmp_path)] == [*range(1, 10)]
     assert read(tmp_path)["config"]["steps"] == 9
     assert read(tmp_path / "before-step-00000006")["config"]["steps"] == 6
+    assert (tmp_path / "model").exists()
+
+
+def test_made_longer_and_diverged_it_names_no_model(tiny_corpus, tmp_path, capsys):
+    assert run(tiny_corpus, tmp_path, *UNIFORM, "--steps", "3") == 0
+    assert "eval.jsonl, model/)" in capsys.readouterr().out
+    wild = ["--steps", "6", "--learning_rate", "1e30", "--adapt"]
+    assert run(tiny_corpus, tmp_path, *UNIFORM, *wild) == 0
+    assert read(tmp_path)["diverged"]
+    assert "eval.jsonl)" in capsys.readouterr().out
+    assert not (tmp_path / "model").exists()
+    assert (tmp_path / "before-step-00000003" / "model" / "model.safetensors").exists()
 
 
 def test_no_resume(tiny_corpus, tmp_path, capsys):
@@ -176,13 +189,22 @@ def test_lines_tell_which_decision_composed_the_batch(tiny_corpus, tmp_path):
     assert [record["mixture_age"] for record in records] == [2.0] * 6
     for part in ("data", "train", "probe", "decision"):
         assert all(record[f"seconds_{part}"] >= 0 for record in records)
-    assert read(tmp_path)["cost"]["tokens"] == 6 * 6 * 32
+    assert read(tmp_path)["accounting"]["tokens"] == 6 * 6 * 32
 
 
-def test_a_policys_lag_is_its_prefetch_unless_said_otherwise():
-    config = transfer.TransferConfig(mixer="uniform")
-    assert transfer._prefetch(config, None) == 0
-    assert transfer._prefetch(transfer.TransferConfig(mixer="uniform", prefetch=3), None) == 3
+@pytest.mark.parametrize("during", ["open_store", "_gate"])
+def test_sigterm_before_the_first_step_is_not_lost(during, tiny_corpus, tmp_path, monkeypatch, capsys):
+    """While the corpus is opened, or the policy judged: both can take minutes."""
+    original = getattr(transfer, during)
+
+    def asked(*arguments):
+        signal.raise_signal(signal.SIGTERM)
+        return original(*arguments)
+
+    monkeypatch.setattr(transfer, during, asked)
+    assert run(tiny_corpus, tmp_path / "run", *UNIFORM, "--steps", "3") == 0
+    assert "ended by SIGTERM before it began; nothing was to be saved yet" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
