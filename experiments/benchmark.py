@@ -63,6 +63,8 @@ class BenchmarkConfig:
     """Held-out sequences per target and split."""
     mean_of: bool = True
     """Also run the time-averaged static mixture of every dynamic row."""
+    keep_models: bool = False
+    """Keep every target's trained model, for `acodm evaluate` and `acodm export-model`."""
     jobs: int = 1
     """Cells at a time on this machine, each pinned to its share of the cores."""
     engine: str = "local"
@@ -236,6 +238,7 @@ def _settings(config: BenchmarkConfig) -> dict[str, Any]:
         "domains": domains,
         "targets": list(objective),
         "objective": [weight / sum(objective.values()) for weight in objective.values()],
+        **({"keep_models": True} if config.keep_models else {}),
     }
 
 

@@ -113,7 +113,12 @@ class Bench:
         evaluations = self.settings["evaluations"]
         run_mixer(folder, driven, mixer, seed=cell.seed, evaluations=evaluations, on_step=on_step)
         cost |= _running_cost(folder, trainer, mixer)
-        result = {"mixer": cell.mixer, "schedule": cell.schedule, "seed": cell.seed} | objective_result(folder)
+        outcome = objective_result(folder)
+        if self.settings.get("keep_models") and not outcome["diverged"]:
+            from acodm_env.experiments.model_folder import save_model
+
+            save_model(folder.path / "model", trainer, self.store)
+        result = {"mixer": cell.mixer, "schedule": cell.schedule, "seed": cell.seed} | outcome
         _finish(folder, result | {"cost": cost, "data_seed": trainer.info.seed})
 
     def _mixer(self, cell: Cell, entry: Entry) -> Mixer:
@@ -282,8 +287,8 @@ def _learning_cost(mixer: Mixer, store: TokenStore) -> dict[str, float]:
 
     record = mixer.policy.provenance
     tokens, config = record.get("learning_tokens", 0), record.get("config", {})
-    flops = 0.0
-    if tokens and "proxy" in config:
+    flops = record.get("learning_flops", 0.0)
+    if tokens and not flops and "proxy" in config:  # of a policy that was exported before that was recorded
         flops = tokens * flops_per_token_of(config["proxy"], store.vocab_size, config["sequence_length"])
     return _cost(tokens, flops, record.get("learning_seconds", 0.0))
 

@@ -23,6 +23,8 @@ COMMANDS = {
     "gate": ("GateConfig", "judge an exported policy before a target run"),
     "transfer": ("TransferConfig", "train a target under a policy or a baseline"),
     "cotrain": ("CotrainConfig", "learn an agent in the very run that it drives, without a proxy"),
+    "evaluate": ("EvaluateConfig", "measure perplexity by domain, MMLU, HumanEval; compare models"),
+    "export-model": ("ExportModelConfig", "write a trained model as others load it, with a card"),
     "benchmark": ("BenchmarkConfig", "compare mixers over seeds, with intervals and costs"),
     "report": ("ReportConfig", "compare runs on one page that opens in any browser"),
     "mixture": ("MixtureConfig", "print the mixture of a run"),

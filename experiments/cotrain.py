@@ -14,11 +14,13 @@ from acodm_env.experiments.cost import run_cost
 from acodm_env.experiments.cotrain_loop import run_cotrainer
 from acodm_env.experiments.model_folder import save_model
 from acodm_env.experiments.override import Hand
+from acodm_env.experiments.policy_card import without_paths, write_policy_card
 from acodm_env.experiments.recorded import Recorded
 from acodm_env.experiments.results import mixer_result
 from acodm_env.experiments.run_folder import RunFolder, git_commit, versions
 from acodm_env.experiments.signals import Preempted, heeding_sigterm, never
 from acodm_env.experiments.target import ASIDE, TargetConfig, check_out, finished, open_store, target_trainer, tell
+from acodm_env.experiments.tracking import tracked
 from acodm_env.experiments.train import read_reward
 from acodm_env.files import write_json
 from acodm_env.lock import claimed
@@ -138,15 +140,16 @@ def _train(
     config: CotrainConfig, learner: "Cotrainer", target: Recorded, store: TokenStore, folder: RunFolder
 ) -> dict[str, Any]:
     """Take the decisions that are left, write policy, model and `result.json`, and return it."""
-    run_cotrainer(
-        folder,
-        learner,
-        target,
-        Checkpoints(folder.path / "checkpoints", config.keep),
-        evaluations=config.evaluations,
-        save_every=config.checkpoint_every,
-        quiet=config.quiet,
-    )
+    with tracked(folder, config.track):
+        run_cotrainer(
+            folder,
+            learner,
+            target,
+            Checkpoints(folder.path / "checkpoints", config.keep),
+            evaluations=config.evaluations,
+            save_every=config.checkpoint_every,
+            quiet=config.quiet,
+        )
     if not learner.diverged:
         save_model(folder.path / "model", cast("Led", target.inner), store)
     result = {
@@ -182,14 +185,17 @@ def _export(learner: "Cotrainer", folder: RunFolder) -> float:
     info = learner.env.trainer.info
     provenance = {
         "checkpoint": "cotrained",
-        "config": folder.config,
+        "config": without_paths(folder.config),  # others will read it
         "corpus_fingerprint": info.corpus_fingerprint,
         "learning_transitions": learner.decisions,
         "learning_tokens": info.batch_size * info.sequence_length * learner.env.trainer.steps_done,
         "versions": versions(),
         "git_commit": git_commit(),
     }
-    return export(learner.policy(provenance), folder.path / "policy", learner.agent, learner.venv)
+    policy = learner.policy(provenance)
+    error = export(policy, folder.path / "policy", learner.agent, learner.venv)
+    write_policy_card(folder.path / "policy", policy)
+    return error
 
 
 def _learner(config: CotrainConfig, target: Trainer) -> "Cotrainer":

@@ -6,21 +6,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from acodm_env.config import from_dict
-from acodm_env.errors import DataError, unknown
+from acodm_env.errors import ConfigError, DataError, unknown
 from acodm_env.experiments.console import say
+from acodm_env.experiments.policy_card import CARD, without_paths, write_policy_card
+from acodm_env.experiments.push import check_push, push_folder
 from acodm_env.experiments.run_folder import git_commit, open_run, versions
 from acodm_env.experiments.train import TrainConfig, make_learner, settings_of
+from acodm_env.policy import Policy
+from acodm_env.wrapper import innermost
 
 if TYPE_CHECKING:
     from acodm_env.agents.learning import Learner
 
-POLICY_FILES = {"policy.json", "policy.safetensors"}
+POLICY_FILES = {"policy.json", "policy.safetensors", CARD}
 CHECKPOINTS = ("best", "last", "untrained")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Export a learned agent as a policy folder: safetensors and JSON, verified by re-loading."""
+    """Export a learned agent as a policy folder: safetensors, JSON and a card, verified by re-loading."""
 
     run: str = "runs/train"
     """Folder of an `acodm train` run."""
@@ -28,6 +32,13 @@ class ExportConfig:
     """best (by held-out objective), last, or untrained: the actor at its initialisation, as a control."""
     out: str = "runs/policy"
     """Folder of the exported policy."""
+    policy: str | None = None
+    """Folder of a policy that was exported before, to be pushed as it is: nothing is exported then."""
+    push: str | None = None
+    """OWNER/NAME on the hub to push the policy to, after it was checked. Needs HF_TOKEN; HF_ENDPOINT names another
+    hub."""
+    private: bool = False
+    """Make the repository visible to its owner alone."""
     seed: int = 0
     """Not used by an export; accepted because every command takes it."""
     quiet: bool = False
@@ -36,24 +47,53 @@ class ExportConfig:
     def __post_init__(self) -> None:
         if self.which not in CHECKPOINTS:
             unknown("which", self.which, CHECKPOINTS)
+        if self.policy is not None and self.push is None:
+            raise ConfigError(f"policy={self.policy}: must come with --push OWNER/NAME; it is exported already")
 
 
 def run(config: ExportConfig) -> None:
-    """Export and say how exactly the file reproduces the agent."""
+    """Export and say how exactly the file reproduces the agent; push if asked."""
+    check_push(config.push, private=config.private)
+    if config.policy is None:
+        _export(config)
+    if config.push is not None:
+        say(f"pushed: {push_policy(config.policy or config.out, config.push, private=config.private)}")
+
+
+def push_policy(path: str | Path, repo: str, *, private: bool = False) -> str:
+    """Upload a policy folder, with a card if it has none yet, and return the commit's URL.
+
+    Args:
+        path: of the policy, which is loaded first.
+        repo: OWNER/NAME on the hub.
+        private: the repository must be visible to its owner alone.
+
+    Raises:
+        ConfigError, DataError, PolicyError: it is no whole policy, or cannot be pushed; nothing was pushed then.
+    """
+    policy = Policy.load(path)
+    if not (Path(path) / CARD).exists():
+        write_policy_card(path, policy, repo)
+    message = f"Policy {policy.fingerprint[:16]}"
+    return push_folder(path, repo, POLICY_FILES, message=message, private=private)
+
+
+def _export(config: ExportConfig) -> None:
     recorded = open_run(config.run).config
     train = from_dict(TrainConfig, recorded, "run")
     learner = make_learner(replace(train, out=config.run))
-    error = export_from(learner, train, config.which, Path(config.out))
+    error = export_from(learner, train, config.which, Path(config.out), config.push)
     if not config.quiet:
         say(f"re-loaded: max |a_file - a_agent| = {error:.2g} on 256 observations")
-    say(f"policy: {config.out} (policy.json, policy.safetensors)")
+    say(f"policy: {config.out} ({', '.join(sorted(POLICY_FILES))})")
 
 
-def export_from(learner: "Learner", train: TrainConfig, which: str, out: Path) -> float:
+def export_from(learner: "Learner", train: TrainConfig, which: str, out: Path, repo: str | None = None) -> float:
     """Write the policy folder of a checkpoint and return the largest difference from the agent.
 
     "untrained" takes the actor of the initial checkpoint with the observation statistics of the best one, so that
-    it differs from the exported policy in nothing but the actor's learning.
+    it differs from the exported policy in nothing but the actor's learning. `repo` is where on the hub it will lie, for
+    its card.
 
     Raises:
         DataError: the run has not got that far, or `out` holds something that is no policy.
@@ -68,17 +108,32 @@ def export_from(learner: "Learner", train: TrainConfig, which: str, out: Path) -
     provenance = _provenance(learner, train, which)
     if which == "untrained":
         learner.load_networks("initial")
-    return export(learner.policy(provenance), out, learner.agent, learner.venv)
+    policy = learner.policy(provenance)
+    error = export(policy, out, learner.agent, learner.venv)
+    write_policy_card(out, policy, repo)
+    return error
+
+
+def _flops_per_token(learner: "Learner", train: TrainConfig) -> float:
+    """Model FLOPs of the proxy's training on one token; 0 on a surrogate, which trains no model."""
+    if train.surrogate is not None:
+        return 0.0
+    from acodm_env.pretrain.models import flops_per_token_of
+
+    vocab_size = innermost(learner.env.trainer).store.vocab_size
+    return flops_per_token_of(train.proxy, vocab_size, train.sequence_length)
 
 
 def _provenance(learner: "Learner", train: TrainConfig, which: str) -> dict[str, Any]:
     info = learner.env.trainer.info
+    tokens = learner.steps * info.batch_size * info.sequence_length
     provenance = {
         "checkpoint": which,
-        "config": settings_of(train),
+        "config": without_paths(settings_of(train)),  # others will read it
         "corpus_fingerprint": info.corpus_fingerprint,
         "learning_transitions": learner.agent.num_timesteps,
-        "learning_tokens": learner.steps * info.batch_size * info.sequence_length,
+        "learning_tokens": tokens,
+        "learning_flops": tokens * _flops_per_token(learner, train),
         "learning_seconds": learner.seconds,
         "versions": versions(),
         "git_commit": git_commit(),

@@ -12,6 +12,7 @@ from acodm_env.experiments.console import note, say
 from acodm_env.experiments.page import Figures, Html, document, element, join, plotly_script
 from acodm_env.experiments.page_answer import answer_sections, problems_box
 from acodm_env.experiments.page_course import curve_sections, mixture_sections
+from acodm_env.experiments.page_evaluation import evaluation_section
 from acodm_env.experiments.page_forests import crossing_sections
 from acodm_env.experiments.page_tables import appendix, cost_section, domain_section, exploration_section
 from acodm_env.experiments.report_data import Mixtures
@@ -148,6 +149,7 @@ def _schedule(comparison: Comparison, summary: Summary, seed: int | None, figure
         curve_sections(comparison, summary.schedule, figures),
         crossing_sections(summary, figures),
         domain_section(comparison, summary),
+        evaluation_section(comparison, summary),
         mixture_sections(comparison, Mixtures.read(comparison, summary.schedule, seed), figures),
         cost_section(comparison, summary),
         exploration_section(comparison, summary),

@@ -11,7 +11,7 @@ import subprocess
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from acodm_env.errors import ConfigError, DataError
 from acodm_env.files import atomic_file, clear_leftovers, disk_errors, read_json, write_json
@@ -28,7 +28,7 @@ PACKAGES = (
     "numpy",
 )
 LOGS = ("stats.jsonl", "eval.jsonl")
-RESULTS = ("result.json", "model", "policy")
+RESULTS = ("result.json", "model", "policy", "evaluation.json", "evaluation")
 
 
 def versions() -> dict[str, str]:
@@ -54,6 +54,16 @@ def git_commit() -> str | None:
     return answer.stdout.strip()
 
 
+class Listener(Protocol):
+    """Who is told of what becomes of a run's logs."""
+
+    def rewound(self, step: int) -> None:
+        """The run goes on from `step`; what was logged after it is forgotten."""
+
+    def appended(self, log: str, record: Mapping[str, Any]) -> None:
+        """A line was appended to `stats.jsonl` or `eval.jsonl`."""
+
+
 class RunFolder:
     """The folder of one run; opening it again with the same configuration resumes it."""
 
@@ -70,6 +80,7 @@ class RunFolder:
         """
         self.path = Path(path)
         self.config: dict[str, Any] = json.loads(json.dumps(config))
+        self.listener: Listener | None = None
         if not check_folder(path, self.config, adapt=adapt):
             write_json(
                 self.path / "config.json",
@@ -102,6 +113,8 @@ class RunFolder:
         file = self.path / name
         with disk_errors(file), file.open("a") as stream:
             stream.write(json.dumps(record, allow_nan=False) + "\n")
+        if self.listener is not None:
+            self.listener.appended(name, record)
 
     def rewind(self, step: int) -> None:
         """Forget what was logged after `step`: the resumed run does it again."""
@@ -110,6 +123,8 @@ class RunFolder:
             kept = [line for line, record in self._read(name) if record["step"] <= step]
             with atomic_file(self.path / name) as file:
                 file.write("".join(f"{line}\n" for line in kept).encode())
+        if self.listener is not None:
+            self.listener.rewound(step)
 
     def sync(self) -> None:
         """Have the logs on the disk: a checkpoint must not know more than they do."""

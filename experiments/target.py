@@ -10,11 +10,15 @@ from acodm_env.corpus import TokenStore, open_corpus
 from acodm_env.errors import ConfigError
 from acodm_env.experiments.console import listing, note, say
 from acodm_env.experiments.run_folder import RunFolder, check_folder, differences, recorded_config
+from acodm_env.experiments.tracking import trackers
 
 if TYPE_CHECKING:
     from acodm_env.pretrain.trainer import LMTrainer
 
-ASIDE = ("quiet", "out", "reference", "gate", "resume", "adapt", "keep", "checkpoint_every", "on_nonfinite")
+ASIDE = (
+    *("quiet", "out", "reference", "gate", "resume", "adapt", "keep", "checkpoint_every", "on_nonfinite"),
+    "track",
+)
 """Settings that may differ from one start of a run to the next: they leave its numbers alone."""
 
 
@@ -70,10 +74,14 @@ class TargetConfig:
     """Batches that a background thread builds ahead."""
     out: str = "runs/target"
     """Folder of the run; the same command again resumes it."""
+    track: str = "auto"
+    """Where the run is shown besides its folder: tensorboard, wandb, trackio, mlflow, several separated by commas; auto
+    (TensorBoard where it is installed) or none."""
     quiet: bool = False
     """No progress bar."""
 
     def __post_init__(self) -> None:
+        trackers(self.track)  # a package that is not installed is told before anything is done
         least_of = {"steps": 1, "evaluations": 1, "seed": 0, "decision_every": 1, "checkpoint_every": 1, "keep": 1}
         for name, least in least_of.items():
             value = getattr(self, name)
@@ -150,7 +158,7 @@ def tell(out: str, result: Mapping[str, Any]) -> None:
         out: folder of the run.
         result: its `result.json`.
     """
-    untold = ("config", "domain_loss_nats", "gate", "learning", "accounting")
+    untold = ("config", "domain_loss_nats", "gate", "policy", "learning", "accounting")
     say(listing((name, value) for name, value in result.items() if name not in untold))
     losses = result["domain_loss_nats"].items()
     say(listing((f"  {name}", "diverged" if loss is None else f"{loss:.4f} nats") for name, loss in losses))

@@ -20,6 +20,7 @@ from acodm_env.experiments.run_folder import RunFolder, open_run
 from acodm_env.experiments.runs import Saving, run_mixer
 from acodm_env.experiments.signals import Preempted, heeding_sigterm, never
 from acodm_env.experiments.target import ASIDE, TargetConfig, check_out, finished, open_store, target_trainer, tell
+from acodm_env.experiments.tracking import tracked
 from acodm_env.files import write_json
 from acodm_env.lock import claimed
 from acodm_env.policy import Policy, PolicyMixer, scaled_interval
@@ -179,6 +180,7 @@ def _result(
             fields["steps_to_reference_ratio"] = before["steps_to_reference_ratio"]
     about = {
         "gate": gate,
+        "policy": dict(mixer.policy.provenance) if isinstance(mixer, PolicyMixer) else None,
         "accounting": cost,
         "corpus_fingerprint": folder.config["corpus_fingerprint"],
         "config": folder.config,
@@ -230,7 +232,7 @@ def _train(
         stop=stop,
     )
     diverged = False
-    with progress(config.steps, mixer.name, quiet=config.quiet) as bar:
+    with tracked(folder, config.track), progress(config.steps, mixer.name, quiet=config.quiet) as bar:
 
         def on_step(stats: StepStats) -> None:
             nonlocal diverged

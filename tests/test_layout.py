@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOTS = {"acodm_env": "acodm_env", "agents": "acodm_env.agents", "experiments": "acodm_env.experiments"}
-HEAVY = ("torch", "stable_baselines3", "transformers")
+HEAVY = ("torch", "stable_baselines3", "transformers", "lm_eval", "datasets", "accelerate")
 
 
 def sources(*folders: str) -> list[Path]:

@@ -269,3 +269,17 @@ def test_a_policy_is_charged_for_its_learning_and_its_untrained_control_is_not(t
     assert [cost["tokens"] for _, cost in controls] == [0, 0]
     assert controls[0][0] != controls[1][0]  # another draw for every seed
     assert controls[0][0] != mixtures
+
+
+def test_models_are_kept_where_that_is_asked_for(tiny_corpus, tmp_path):
+    from acodm_env.experiments.evaluation_subjects import find_subjects
+
+    settings = tiny(tiny_corpus, tmp_path / "b", mixers="uniform", seeds="1", mean_of=False, keep_models=True)
+    plan = make_plan(BenchmarkConfig(**settings), tmp_path / "b")
+    for cell in plan.cells:
+        run_cell(tmp_path / "b", cell.index)
+        assert state_of(tmp_path / "b" / cell.folder) == "finished"
+    first = next(cell for cell in plan.cells if cell.kind == "target")
+    (subject,) = find_subjects([str(tmp_path / "b" / first.folder)])
+    assert (subject.model / "model.safetensors").is_file()
+    assert subject.config["corpus_fingerprint"]

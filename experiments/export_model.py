@@ -1,0 +1,222 @@
+"""`acodm export-model`: a run's model as a Hugging Face folder with a card, checked by loading it, pushed if asked."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from acodm_env.errors import ConfigError, DataError
+from acodm_env.experiments.console import say
+from acodm_env.experiments.model_card import Trained, Weights, model_card
+from acodm_env.experiments.model_folder import TOKENIZER, WEIGHTS, write_settings
+from acodm_env.experiments.push import check_push, push_folder
+from acodm_env.experiments.run_folder import open_run
+from acodm_env.files import atomic_file, atomic_folder, read_json, recover_folder
+from acodm_env.policy import Policy
+
+if TYPE_CHECKING:
+    import torch
+
+    from acodm_env.evaluation.loading import LoadedModel
+
+MODEL_FILES = (
+    *("README.md", "config.json", "generation_config.json"),
+    *(WEIGHTS, TOKENIZER, "tokenizer_config.json"),
+)
+CHECKED_SHAPE = (4, 64)
+"""Sequences and tokens, at most, on which the written model is compared with the run's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportModelConfig:
+    """Write a run's model as a Hugging Face folder with a card, and push it if asked (--push)."""
+
+    run: str = "runs/transfer"
+    """Folder of a finished run of `acodm transfer` or `acodm cotrain`."""
+    out: str = "runs/model"
+    """Folder to write: weights, configuration, tokenizer, README.md. An earlier export there is replaced."""
+    policy: str | None = None
+    """Folder of the policy that drove the run, so that the card tells where it was learned."""
+    push: str | None = None
+    """OWNER/NAME on the hub to push the folder to, after it was checked. Needs HF_TOKEN; HF_ENDPOINT names another
+    hub."""
+    private: bool = False
+    """Make the repository visible to its owner alone."""
+    seed: int = 0
+    """Seed of the token ids on which the written model is compared with the run's."""
+    quiet: bool = False
+    """Print only where the model lies."""
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ConfigError(f"seed={self.seed}: must be at least 0")
+
+
+def run(config: ExportModelConfig) -> None:
+    """Write, check, push, and say where it lies."""
+    trained = read_trained(config.run)
+    policy = driving_policy(trained, config.policy)
+    check_push(config.push, private=config.private)
+    compared = export_model(trained, config.out, policy=policy, repo=config.push, seed=config.seed)
+    if not config.quiet:
+        say(f"loaded again: logits equal bit for bit on {compared} token ids")
+    say(f"model: {config.out} ({', '.join(MODEL_FILES)})")
+    if config.push is not None:
+        message = f"{trained.config['name']}, {trained.tokens:,} tokens"
+        url = push_folder(config.out, config.push, MODEL_FILES, message=message, private=config.private)
+        say(f"pushed: {url}")
+
+
+def read_trained(path: str | Path) -> Trained:
+    """A finished target run with its model.
+
+    Raises:
+        ConfigError: there is no run, or none that leaves a model.
+        DataError: it has not ended, it diverged, or its model was removed.
+    """
+    folder = open_run(path)
+    wanted = f"run={path}: must be a finished run with a model"
+    if not {"target", "corpus_fingerprint", "name"} <= folder.config.keys() or "objective" in folder.config:
+        raise ConfigError(f"{wanted}; this one leaves none; train it by `acodm transfer` or `acodm cotrain`")
+    result, steps = folder.result, folder.lines("stats.jsonl")
+    if result is None or not steps:
+        raise DataError(f"{wanted}; it has not ended; give its command again, and it goes on to the end")
+    if not (recover_folder(folder.path / "model") / WEIGHTS).is_file():
+        if result["diverged"]:
+            raise DataError(
+                f"{wanted}; it diverged; go on from its last checkpoint by the same command with --on-nonfinite skip, "
+                f"or train anew with a lower --learning-rate"
+            )
+        raise DataError(f"{wanted}; model/{WEIGHTS} was removed; train it again into another folder")
+    return Trained(path=folder.path, record=read_json(folder.path / "config.json"), steps=steps, result=result)
+
+
+def driving_policy(trained: Trained, path: str | None) -> Policy | None:
+    """The policy that drove a run: the one in `path`, or the one that a co-trained run left; None if there is neither.
+
+    Raises:
+        ConfigError: another policy drove it.
+        DataError, PolicyError: there is no whole policy in `path`.
+    """
+    own = trained.path / "policy"
+    if path is None:
+        return Policy.load(own) if trained.result.get("learning") and own.exists() else None
+    policy = Policy.load(path)
+    drove = trained.config.get("policy")
+    if policy.fingerprint != drove:
+        by = f"the policy {drove[:16]}…" if drove else f"{trained.config['name']}, which is none"
+        raise ConfigError(
+            f"policy={path}: must be the policy that drove the run; that was {by}, this is {policy.fingerprint[:16]}…; "
+            f"give its folder or leave --policy out"
+        )
+    return policy
+
+
+def export_model(
+    trained: Trained, out: str | Path, *, policy: Policy | None = None, repo: str | None = None, seed: int = 0
+) -> int:
+    """Write the folder, load it as anyone would, and compare it with the run's model.
+
+    Args:
+        trained: the run.
+        out: the folder; it appears only if the comparison holds.
+        policy: the one that drove the run, for the card.
+        repo: where on the hub it will lie, for the card.
+        seed: of the token ids of the comparison.
+
+    Returns:
+        How many token ids were compared.
+
+    Raises:
+        DataError: `out` holds other files; the run's model is not whole; or the folder loads as another model.
+    """
+    import torch
+
+    from acodm_env.evaluation.loading import load_model
+
+    out, source = Path(out), trained.path / "model"
+    _check_out(out, source)
+    loaded = load_model(source, device="cpu", precision="fp32")
+    end, ids = int(loaded.tokenizer.eos_token_id), _token_ids(loaded, seed)
+    weights = Weights(
+        architecture=type(loaded.model).__name__,
+        num_parameters=loaded.num_parameters,
+        context=loaded.context,
+        sha256=loaded.sha256,
+    )
+    expected = _logits(loaded.model, ids)
+    del loaded  # a large one twice may be too much
+    with atomic_folder(out) as fresh:
+        shutil.copyfile(source / WEIGHTS, fresh / WEIGHTS)
+        write_settings(fresh, _config(source), source / TOKENIZER, end)
+        if not torch.equal(*(logits.view(torch.uint8) for logits in (expected, _logits(_load(fresh), ids)))):
+            raise DataError(f"{source}: the exported model would give other logits than the run's; nothing was written")
+        with atomic_file(fresh / "README.md") as file:
+            file.write(model_card(trained, weights, repo or out.resolve().name, policy, repo).encode())
+    return ids.numel()
+
+
+def _check_out(out: Path, source: Path) -> None:
+    if out.exists() and (not out.is_dir() or {file.name for file in out.iterdir()} - {*MODEL_FILES}):
+        raise DataError(f"out={out}: already holds other files; choose another folder")
+    if out.resolve() == source.resolve():
+        raise DataError(f"out={out}: must not be the run's own model; choose another folder")
+
+
+def _config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder, local_files_only=True)
+
+
+# --- loaded again -----------------------------------------------------------------------------------------
+
+
+def _token_ids(loaded: "LoadedModel", seed: int) -> "torch.Tensor":
+    """Random token ids (B, T)."""
+    import torch
+
+    num_sequences, length = CHECKED_SHAPE
+    drawn = torch.Generator().manual_seed(seed)
+    size = (num_sequences, min(length, loaded.context))
+    num_ids = max(loaded.tokenizer.get_vocab().values()) + 1
+    return torch.randint(num_ids, size, generator=drawn)
+
+
+def _load(folder: Path) -> Any:
+    """The model in `folder`, as the card says to load it."""
+    from transformers import AutoModelForCausalLM
+
+    with _no_bars():
+        return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
+
+
+def _logits(model: Any, ids: "torch.Tensor") -> "torch.Tensor":
+    """Logits (B, T, V) of a model on the CPU."""
+    import torch
+
+    with torch.inference_mode():
+        logits: torch.Tensor = model(input_ids=ids).logits.contiguous()
+    return logits
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without transformers' progress bars: there is nothing to wait for."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+if __name__ == "__main__":
+    from acodm_env.experiments.cli import main
+
+    main(command="export-model")

@@ -1,0 +1,76 @@
+"""A toy run that is tracked, killed, stopped and resumed, and what a service must show of it."""
+
+import numpy as np
+import pytest
+
+from acodm_env.agents.baselines import make_mixer
+from acodm_env.experiments.run_folder import RunFolder
+from acodm_env.experiments.runs import Saving, run_mixer
+from acodm_env.experiments.signals import Preempted
+from acodm_env.experiments.tracking import evaluation_values, step_values, tracked
+from toy import ToyTrainer
+
+BEST = (0.6, 0.3, 0.1)
+DOMAINS = ["domain0", "domain1", "web (en)"]
+
+
+class Crash(Exception):
+    """A kill, as far as a run can tell."""
+
+
+def run(path, track, *, stop=lambda: False, adapt=False, **changes):
+    config = {"domains": DOMAINS, "mixer": "odm-released", "seed": 0, "name": "odm", "nested": {"a": [1]}, "no": None}
+    folder = RunFolder(path, config | changes, adapt=adapt)
+    with tracked(folder, track):
+        run_mixer(
+            folder,
+            ToyTrainer(BEST),
+            make_mixer("odm-released"),
+            seed=0,
+            evaluations=5,
+            saving=Saving(every=3, stop=stop, adapt=adapt),
+        )
+    return folder
+
+
+def lines_of(path):
+    file = path / "stats.jsonl"
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+def stopped(path, track, step, **changes):
+    """SIGTERM after `step` steps: saved there."""
+    with pytest.raises(Preempted):
+        run(path, track, stop=lambda: lines_of(path) >= step, **changes)
+
+
+def killed(path, track, step, **changes):
+    """A kill after `step` steps: the run goes on from the checkpoint before, every third step."""
+
+    def stop():
+        if lines_of(path) >= step:
+            raise Crash
+
+    with pytest.raises(Crash):
+        run(path, track, stop=stop, **changes)
+
+
+def expected(folder):
+    """By key, the (step, value) pairs that the logs hold."""
+    found = {}
+    for log in ("stats.jsonl", "eval.jsonl"):
+        for record in folder.lines(log):
+            values = step_values(record, DOMAINS) if log == "stats.jsonl" else evaluation_values(record)
+            for key, value in values.items():
+                found.setdefault(key, []).append((record["step"], value))
+    return found
+
+
+def assert_shows(shown, folder, *, timing=True):
+    """`shown` is by key a list of (step, value); services keep float32 or float64."""
+    wanted = expected(folder)
+    assert shown.keys() == wanted.keys()
+    for key, pairs in wanted.items():
+        assert [step for step, _ in shown[key]] == [step for step, _ in pairs], key
+        if timing or not key.startswith("seconds/"):
+            np.testing.assert_allclose([value for _, value in shown[key]], [value for _, value in pairs], rtol=1e-6)
