@@ -19,13 +19,14 @@ def offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
 
 
-def require_hub(setting: str, name: str, remedy: str) -> None:
+def require_hub(setting: str, name: str, remedy: str, *, may_be_path: bool = True) -> None:
     """Refuse a hub name when the hub cannot be reached, after one probe that honours proxies.
 
     Args:
         setting: the setting that holds the name, for the message.
         name: the hub name.
         remedy: what to do without network.
+        may_be_path: whether a path would have done as well.
 
     Raises:
         DataError: HF_HUB_OFFLINE is set, or no answer within `PROBE_SECONDS`.
@@ -40,6 +41,8 @@ def require_hub(setting: str, name: str, remedy: str) -> None:
             return  # it answered
         except (OSError, ValueError) as error:
             cause = f"{endpoint} cannot be reached ({getattr(error, 'reason', error)})"
+    if not may_be_path:
+        raise DataError(f"{setting}={name}: must be done while there is a network; {cause}; {remedy}")
     raise DataError(
         f"{setting}={name}: must be an existing path, or a hub name while there is a network; there is no such "
         f"path here and {cause}; {remedy}"

@@ -287,9 +287,11 @@ def _learning_cost(mixer: Mixer, store: TokenStore) -> dict[str, float]:
 
     record = mixer.policy.provenance
     tokens, config = record.get("learning_tokens", 0), record.get("config", {})
-    flops = record.get("learning_flops", 0.0)
-    if tokens and not flops and "proxy" in config:  # of a policy that was exported before that was recorded
-        flops = tokens * flops_per_token_of(config["proxy"], store.vocab_size, config["sequence_length"])
+    flops = record.get("learning_flops")
+    if flops is None:  # of a policy that was exported before that was recorded
+        learned = tokens and "proxy" in config and not config.get("surrogate")
+        per_token = flops_per_token_of(config["proxy"], store.vocab_size, config["sequence_length"]) if learned else 0.0
+        flops = tokens * per_token
     return _cost(tokens, flops, record.get("learning_seconds", 0.0))
 
 

@@ -124,7 +124,7 @@ def _flags(kind: type[Any], arguments: list[str]) -> list[str]:
     `--runs=[…]`, and so do the values of any list.
     """
     names = {field.name for field in fields(kind)}
-    lists = {f"--{field.name}" for field in fields(kind) if field.type == list[str]} - {"--runs"}
+    lists = {f"--{field.name}" for field in fields(kind) if field.type == list[str]}
     arguments = _gathered(arguments, lists)
     switches = {f"--{field.name}" for field in fields(kind) if field.type in (bool, "bool")}
     negated = {f"--no_{flag[2:]}": f"{flag}=false" for flag in switches}

@@ -19,7 +19,16 @@ from acodm_env.experiments.recorded import Recorded
 from acodm_env.experiments.results import mixer_result
 from acodm_env.experiments.run_folder import RunFolder, git_commit, versions
 from acodm_env.experiments.signals import Preempted, heeding_sigterm, never
-from acodm_env.experiments.target import ASIDE, TargetConfig, check_out, finished, open_store, target_trainer, tell
+from acodm_env.experiments.target import (
+    ASIDE,
+    TargetConfig,
+    check_out,
+    finished,
+    lacks_model,
+    open_store,
+    target_trainer,
+    tell,
+)
 from acodm_env.experiments.tracking import tracked
 from acodm_env.experiments.train import read_reward
 from acodm_env.files import write_json
@@ -133,7 +142,10 @@ def cotrain(config: CotrainConfig, store: TokenStore, *, stop: Callable[[], bool
         check_out(config, identity)
         with claimed(config.out):
             folder = RunFolder(config.out, identity)
-            return finished(config, folder) or _train(config, learner, target, store, folder)
+            before = finished(config, folder)
+            if before is not None and not lacks_model(folder, before):
+                return before
+            return _train(config, learner, target, store, folder)
 
 
 def _train(

@@ -22,7 +22,7 @@ from acodm_env.trainer import Array
 if TYPE_CHECKING:
     from acodm_env.evaluation.bootstrap import Estimate
 
-EQUAL = ("split", "limit", "num_fewshot", "data", "corpus_fingerprint", "stride", "harness_version")
+EQUAL = ("split", "limit", "num_fewshot", "data", "corpus_fingerprint", "stride", "harness_version", "precision")
 """Settings without which two results are not of the same items, or not asked in the same way."""
 BOTH_AT_CHANCE = "both at chance: not a comparison"
 NO_DIFFERENCE = "no difference shown"

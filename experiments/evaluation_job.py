@@ -82,12 +82,11 @@ def _store(config: "EvaluateConfig", subject: Subject) -> TokenStore:
 
 def examine(config: "EvaluateConfig", job: Job, *, keep: bool) -> None:
     """Load a model, which shows whether it is whole and fits; find what is still to be measured."""
+    from acodm_env.evaluation.perplexity import check_perplexity
+
     loaded = _load(config, job.subject)
-    if config.stride is not None and config.stride > loaded.context:
-        raise ConfigError(
-            f"stride={config.stride}: must be at most the context, {loaded.context} tokens of {job.subject.name}; "
-            f"tokens between two windows would not be scored"
-        )
+    if job.store is not None:
+        check_perplexity(loaded, job.store, split=SPLIT, stride=config.stride, batch_size=config.rows)
     for task in config.task_names:
         identity = _identity(config, job, loaded, task)
         job.identities[task] = identity
@@ -119,7 +118,9 @@ def _identity(config: "EvaluateConfig", job: Job, loaded: "LoadedModel", task: s
         stride = config.stride or max(1, loaded.context // 2)
         return common | {"split": SPLIT, "stride": stride, "corpus_fingerprint": job.store.fingerprint}
     data = None if config.data is None else data_checksums(task, Path(config.data))
-    shots = {"mmlu": config.num_fewshot or 0, "humaneval": 0}.get(task, config.num_fewshot)
+    shots = 0 if task == "humaneval" else config.num_fewshot
+    if shots is None and (task == "mmlu" or (data is not None and task.startswith("mmlu_"))):
+        shots = 0  # what these tasks have of their own: the same question, however it is asked
     return common | {"num_fewshot": shots, "data": data, "harness_version": harness_version()}
 
 
@@ -172,8 +173,10 @@ def _perplexity(config: "EvaluateConfig", job: Job, loaded: "LoadedModel", store
 
 @contextmanager
 def _bar(config: "EvaluateConfig", name: str, store: TokenStore) -> Iterator[Any]:
-    """A bar of scored tokens; with a limit their number is not known beforehand."""
-    total = 0 if config.limit is not None else sum(store.sizes_tokens(SPLIT))
+    """A bar of scored tokens; where texts are encoded again their number is about right."""
+    from acodm_env.evaluation.documents import num_stored_tokens
+
+    total = num_stored_tokens(store, SPLIT, config.limit)
     with progress(total, f"{name}: perplexity", quiet=config.quiet, unit="token") as bar:
         yield bar.update
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from acodm_env.corpus import TokenStore, open_corpus
-from acodm_env.errors import ConfigError
+from acodm_env.errors import AcodmError, ConfigError
 from acodm_env.experiments.console import listing, note, say
 from acodm_env.experiments.run_folder import RunFolder, check_folder, differences, recorded_config
 from acodm_env.experiments.tracking import trackers
@@ -149,6 +149,20 @@ def finished(config: TargetConfig, folder: RunFolder) -> dict[str, Any] | None:
         (folder.path / "result.json").unlink()
         return None
     return result
+
+
+def lacks_model(folder: RunFolder, result: Mapping[str, Any]) -> bool:
+    """Whether the trained model of a finished run is gone or cut short; its last checkpoint holds the same."""
+    from acodm_env.evaluation.loading import weight_files
+
+    if result["diverged"]:
+        return False
+    try:
+        weight_files(folder.path / "model")
+    except AcodmError:
+        note("the run is finished, but its model/ is not there or not whole: it is written from the last checkpoint")
+        return True
+    return False
 
 
 def tell(out: str, result: Mapping[str, Any]) -> None:

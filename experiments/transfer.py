@@ -19,7 +19,16 @@ from acodm_env.experiments.results import mixer_result
 from acodm_env.experiments.run_folder import RunFolder, open_run
 from acodm_env.experiments.runs import Saving, run_mixer
 from acodm_env.experiments.signals import Preempted, heeding_sigterm, never
-from acodm_env.experiments.target import ASIDE, TargetConfig, check_out, finished, open_store, target_trainer, tell
+from acodm_env.experiments.target import (
+    ASIDE,
+    TargetConfig,
+    check_out,
+    finished,
+    lacks_model,
+    open_store,
+    target_trainer,
+    tell,
+)
 from acodm_env.experiments.tracking import tracked
 from acodm_env.files import write_json
 from acodm_env.lock import claimed
@@ -157,7 +166,7 @@ def transfer(
         with claimed(config.out):
             folder = RunFolder(config.out, identity, adapt=config.adapt)
             before = finished(config, folder)
-            if before is None:
+            if before is None or lacks_model(folder, before):
                 _train(config, led, mixer, store, folder, stop)
             return _result(folder, led, mixer, reference, verdicts, before)
 

@@ -65,11 +65,13 @@ def check_tasks(
         elif name == "humaneval" and data is not None:
             read_humaneval(data)
         elif data is not None:
-            _check_shots(name, data, num_fewshot)
+            _check_local_mmlu(name, data, num_fewshot)
 
 
-def _check_shots(name: str, data: Path, num_fewshot: int | None) -> None:
-    fewest = min(map(len, harness_tasks.mmlu_of(data).dev.values()))
+def _check_local_mmlu(name: str, data: Path, num_fewshot: int | None) -> None:
+    """Questions of each subject, and enough examples."""
+    dev = harness_tasks.mmlu_of(data).dev
+    fewest = min(len(dev[subject]) for subject in harness_tasks.local_subjects(name, data))
     if num_fewshot is not None and not 0 <= num_fewshot <= fewest:
         raise ConfigError(
             f"num_fewshot={num_fewshot}: must be 0 to {fewest} for {name}; its dev file has no more questions of each "
@@ -151,6 +153,7 @@ def _run_task(
         "limit": limit,
         "num_truncated": cut(model, samples),
         "context": loaded.context,
+        "prompt_tokens": loaded.context - model.longest_completion,
         "dataset": data_checksums(name, data),
         "max_gen_toks": model.longest_completion or None,
         "harness_version": harness_version(),
@@ -207,9 +210,15 @@ def _counts(name: str, data: Path | None) -> dict[str, Any]:
 def _tell(name: str, facts: dict[str, Any], on_note: Callable[[str], None]) -> None:
     """Say what must be known to read the numbers."""
     if facts["num_truncated"]:
+        room, context = facts["prompt_tokens"], facts["context"]
+        limit = (
+            f"exceed the context of {context:,} tokens"
+            if room == context
+            else f"are longer than the {room:,} tokens that the context of {context:,} leaves beside a completion"
+        )
         on_note(
-            f"{name}: {facts['num_truncated']:,} of {facts['num_items']:,} prompts exceed the context of "
-            f"{facts['context']:,} tokens; their beginnings were cut, as the harness does"
+            f"{name}: {facts['num_truncated']:,} of {facts['num_items']:,} prompts {limit}; their beginnings were cut, "
+            f"as the harness does"
         )
     if not facts.get("complete", True):
         words = ", ".join(f"{number:,} {what}" for what, number in facts["data"].items())
@@ -218,13 +227,18 @@ def _tell(name: str, facts: dict[str, Any], on_note: Callable[[str], None]) -> N
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars and no log lines of the harness and of datasets: progress is told by callbacks."""
+    """No progress bars and no log lines of the harness and of datasets: progress is told by callbacks.
+
+    Nor the tokenizer's warning of long prompts, which are counted and cut.
+    """
     import lm_eval.api.task
     from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     logger = logging.getLogger("lm_eval")
     level, shown = logger.level, not are_progress_bars_disabled()
+    tokenizers = logging.getLogger("transformers.tokenization_utils_base")
     logger.setLevel(logging.ERROR)
+    tokenizers.addFilter(_is_not_on_length)
     disable_progress_bars()
     with ExitStack() as stack:
         bar = getattr(lm_eval.api.task, "tqdm", None)
@@ -234,8 +248,13 @@ def _quiet() -> Iterator[None]:
             yield
         finally:
             logger.setLevel(level)
+            tokenizers.removeFilter(_is_not_on_length)
             if shown:
                 enable_progress_bars()
+
+
+def _is_not_on_length(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("Token indices sequence length is longer")
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from lm_eval.models.huggingface import HFLM
 
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
 
 OnRows = Callable[[int, int], None]
 """Called with prompts done and prompts in all, after every batch."""
-_LOGITS_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}  # of one batch; its log-probabilities take as much again
+_BUDGET_BYTES = {
+    "cpu": 256 << 20,
+    "cuda": 2 << 30,
+}  # of a batch's largest tensors; log-probabilities take as much again
 _MOST_ROWS = 64
 _LENGTHS = (
     "max_gen_toks",
@@ -36,8 +40,8 @@ class HarnessModel(HFLM):  # type: ignore[misc, unused-ignore]
 
     Args:
         loaded: the model; its tokenizer is copied, since the harness gives it a padding token.
-        batch_size: rows per forward pass; None: as many as keep the logits within a budget, halved on a GPU whose
-            memory does not suffice.
+        batch_size: rows per forward pass; None: as many as keep logits and activations within a budget, by the lengths
+            that are asked for; halved on a GPU whose memory does not suffice.
         on_rows: told how far it is.
     """
 
@@ -45,7 +49,7 @@ class HarnessModel(HFLM):  # type: ignore[misc, unused-ignore]
         super().__init__(
             pretrained=loaded.model,  # type: ignore[arg-type, unused-ignore]
             tokenizer=copy.deepcopy(loaded.tokenizer),
-            batch_size=batch_size or automatic_rows(loaded),
+            batch_size=batch_size or 1,  # until the lengths are known
             max_length=loaded.context,
             mixed_precision_dtype=torch.bfloat16 if loaded.bf16 else None,
             softmax_dtype=torch.float32,
@@ -57,7 +61,7 @@ class HarnessModel(HFLM):  # type: ignore[misc, unused-ignore]
         self.batch_size_per_gpu: int
         self._accepts = inspect.signature(loaded.model.forward).parameters
         self._longest_answer, self._bf16 = 1, loaded.bf16
-        self._fixed_rows = batch_size is not None
+        self._fixed_rows, self._most_rows, self._loaded = batch_size is not None, _MOST_ROWS, loaded
         self._on_rows, self._done, self._total = on_rows, 0, 0
 
     @property
@@ -80,7 +84,7 @@ class HarnessModel(HFLM):  # type: ignore[misc, unused-ignore]
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
         """The harness's, silent, after counting what does not fit."""
-        rows = set()
+        rows: dict[int, int] = {}  # lengths by content
         self._longest_answer = max((len(continuation) for *_, continuation in requests), default=1)
         for names, context, continuation in requests:
             if len(continuation) > self.max_length:
@@ -90,7 +94,9 @@ class HarnessModel(HFLM):  # type: ignore[misc, unused-ignore]
                 )
             if names is not None and len(context) + len(continuation) > self.max_length + 1:
                 self.truncated.add(names[0])
-            rows.add(hash((*context, *continuation[:-1])))  # the harness asks once for answers that differ in the end
+            row = (*context, *continuation[:-1])  # the harness asks once for answers that differ in the end
+            rows[hash(row)] = min(len(row), self.max_length)
+        self._fit(list(rows.values()), answer=self._longest_answer)
         return self._with_room(
             lambda: super(HarnessModel, self)._loglikelihood_tokens(
                 requests, disable_tqdm=True, override_bs=override_bs
@@ -99,7 +105,17 @@ class HarnessModel(HFLM):  # type: ignore[misc, unused-ignore]
         )
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
-        """The harness's, silent, with completions of at most half of the context."""
+        """The harness's, silent, with completions of at most half of the context.
+
+        Raises:
+            ConfigError: a context that cannot hold a prompt and a completion.
+        """
+        if self.max_length < 2:
+            raise ConfigError(
+                f"context={self.max_length}: must be at least 2 tokens for a task that writes; a prompt and a "
+                f"completion take one each; use a larger --context, or leave this task out"
+            )
+        lengths = []
         for request in requests:
             prompt, settings = request.args
             asked = next((int(settings.pop(key)) for key in _LENGTHS if key in settings), self.max_gen_toks)
@@ -107,11 +123,21 @@ class HarnessModel(HFLM):  # type: ignore[misc, unused-ignore]
                 settings.pop(key, None)
             settings["max_gen_toks"] = min(asked, self.longest_allowed)
             self.longest_completion = max(self.longest_completion, settings["max_gen_toks"])
-            if len(self.tok_encode(prompt)) > self.max_length - settings["max_gen_toks"]:
+            length, room = len(self.tok_encode(prompt)), self.max_length - settings["max_gen_toks"]
+            if length > room:
                 self.truncated.add(prompt)
+            lengths.append(min(length, room))
+        self._fit(lengths, completion=self.longest_completion)
         return self._with_room(
             lambda: super(HarnessModel, self).generate_until(requests, disable_tqdm=True), len(requests)
         )
+
+    def _fit(self, lengths: Sequence[int], *, answer: int = 1, completion: int = 0) -> None:
+        """As many rows as fit, unless the user has said how many."""
+        if not self._fixed_rows:
+            keeps = "logits_to_keep" in self._accepts
+            fitting = fitting_rows(self._loaded, lengths, answer=answer, completion=completion, keeps=keeps)
+            self.batch_size_per_gpu = min(self._most_rows, fitting)
 
     def _with_room(self, work: Callable[[], Any], total: int) -> Any:
         """The work, again with half the rows whenever the GPU's memory does not suffice."""
@@ -122,7 +148,7 @@ class HarnessModel(HFLM):  # type: ignore[misc, unused-ignore]
             except torch.OutOfMemoryError:
                 if self._fixed_rows or self.batch_size_per_gpu == 1:
                     raise
-                self.batch_size_per_gpu = self.batch_size_per_gpu // 2
+                self._most_rows = self.batch_size_per_gpu = self.batch_size_per_gpu // 2
             torch.cuda.empty_cache()
 
     def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -154,11 +180,50 @@ class HarnessModel(HFLM):  # type: ignore[misc, unused-ignore]
         self._on_rows(min(self._done, self._total), self._total)
 
 
-def automatic_rows(loaded: "LoadedModel") -> int:
-    """Rows whose logits stay within the budget of the model's device, 1 to 64."""
+def fitting_rows(
+    loaded: "LoadedModel", lengths: Sequence[int], *, answer: int, completion: int = 0, keeps: bool = True
+) -> int:
+    """Rows (1 to 64, a power of two) whose largest tensors stay within the budget of the model's device.
+
+    Batches are of rows sorted by length. Logits are made for the last positions: the longest answer, and what the
+    shortest row of a batch is padded by.
+
+    Args:
+        loaded: the model.
+        lengths: tokens of each row.
+        answer: tokens of the longest answer to score.
+        completion: tokens that are written after each row, with a cache of all of its keys and values; 0: none are.
+        keeps: whether the model makes only the logits that are asked for; otherwise they are of whole rows.
+    """
+    budget = _BUDGET_BYTES.get(loaded.device.type, _BUDGET_BYTES["cpu"]) // 4  # float32 numbers
     vocabulary = int(loaded.model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
-    budget = _LOGITS_BYTES.get(loaded.device.type, _LOGITS_BYTES["cpu"])
-    return max(1, min(_MOST_ROWS, budget // (4 * vocabulary * loaded.context)))
+    hidden, cached = _numbers_per_token(loaded)
+    ordered = np.sort(np.asarray(lengths or [1], dtype=np.int64))[::-1]
+    rows = _MOST_ROWS
+    while rows > 1:
+        widths = ordered[::rows]
+        shortest = ordered[np.minimum(np.arange(rows - 1, len(ordered) + rows - 1, rows), len(ordered) - 1)]
+        kept = widths
+        if keeps:  # generation asks for the last position alone: its prompts are padded on the left
+            kept = np.ones_like(widths) if completion else np.minimum(widths, widths - shortest + answer)
+        largest = np.maximum(kept * vocabulary, widths * hidden)
+        if completion:
+            largest = np.maximum(largest, (widths + completion) * cached)
+        if min(rows, len(ordered)) * int(largest.max()) <= budget:
+            break
+        rows //= 2
+    return rows
+
+
+def _numbers_per_token(loaded: "LoadedModel") -> tuple[int, int]:
+    """Numbers of a token's widest activation (a feed-forward layer's), and of its keys and values in all layers."""
+    config: Any = loaded.model.config.get_text_config()  # type: ignore[operator, union-attr]
+    hidden = int(getattr(config, "hidden_size", 0) or 0)
+    widest = max(4 * hidden, int(getattr(config, "intermediate_size", 0) or 0))
+    heads = int(getattr(config, "num_attention_heads", 0) or 1)
+    kept = int(getattr(config, "num_key_value_heads", 0) or heads)
+    size = int(getattr(config, "head_dim", 0) or hidden // heads)
+    return widest, 2 * int(getattr(config, "num_hidden_layers", 0) or 0) * kept * size
 
 
 def cut(model: HarnessModel, samples: Sequence[dict[str, Any]]) -> int:

@@ -17,6 +17,9 @@ _ACCURACIES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info")
 def summarised(task: str, results: dict[str, Any], model: Path) -> tuple[list[Metric], list[Item]]:
     """Metrics (the whole task's first, then its groups') and items of a task of the harness.
 
+    A tag or group for which the harness has no value of its own gets one only where it is a mean over all items of like
+    parts: same kind of question, same metrics, as many choices. Otherwise its parts are told alone.
+
     Args:
         task: the name that was asked for: a task, a group or a tag.
         results: what the harness's `evaluate` gave.
@@ -29,8 +32,10 @@ def summarised(task: str, results: dict[str, Any], model: Path) -> tuple[list[Me
     metrics: list[Metric] = []
     whole = _Part(task, "", results)
     parts = []
+    heads = (f"{task}_", f"{task.partition('_')[0]}_")  # the second of mmlu_stem and its subjects
+    shared = next((head for head in heads if all(leaf.startswith(head) for leaf in results["samples"])), "")
     for leaf, samples in results["samples"].items():
-        group = "" if leaf == task else leaf.removeprefix(f"{task}_")
+        group = "" if leaf == task else leaf.removeprefix(shared)
         part = _Part(leaf, group, results)
         records = part.read(samples, model)
         whole.take(part)
@@ -54,9 +59,11 @@ class _Part:
         self.chances: list[float] = []  # per item, only of multiple choice
         self.answers: list[int | None] = []  # None: not a plain index
         self.choices: set[tuple[str, ...]] = set()
+        self.parts: list[_Part] = []
 
     def take(self, other: "_Part") -> None:
         """Add another part's items."""
+        self.parts.append(other)
         for key, values in other.values.items():
             self.values.setdefault(key, []).extend(values)
         self.directions = {**other.directions, **self.directions}
@@ -111,12 +118,9 @@ class _Part:
     def _metric(self, task: str, key: str) -> Metric | None:
         values, official = self.values[key], self._official(key)
         higher = self.directions.get(key, True)
-        plain = bool(values) and (
-            official is None or math.isclose(official, math.fsum(values) / len(values), rel_tol=1e-9)
-        )
-        if not plain:  # the harness's value is no mean over items: told as it is
-            if official is None:
-                return None
+        if official is None and not self._pools(key):
+            return None
+        if official is not None and not self._is_mean(key):  # no mean over items: told as it is
             return Metric(
                 task=task, name=key, group=self.group, value=official, num_items=self.num_items, unit="",
                 higher_is_better=higher,
@@ -129,6 +133,18 @@ class _Part:
             if len(self.choices) == 1 and None not in self.answers:
                 constant, least = commonest(self.answers), rarest(self.answers, len(next(iter(self.choices))))
         return accuracy(values, task=task, name=key, group=self.group, chance=chance, constant=constant, least=least)
+
+    def _is_mean(self, key: str) -> bool:
+        """Whether the harness's own value of a metric is the mean over the items."""
+        values, official = self.values.get(key), self._official(key)
+        if not values or official is None:
+            return False
+        return math.isclose(official, math.fsum(values) / len(values), rel_tol=1e-9)
+
+    def _pools(self, key: str) -> bool:
+        """Whether all items together have a mean that says something: of parts that are means, and alike."""
+        kinds = {(part.kind, frozenset(part.values), frozenset(map(len, part.choices))) for part in self.parts}
+        return len(kinds) == 1 and all(part._is_mean(key) for part in self.parts)
 
     def _official(self, key: str) -> float | None:
         """The harness's own value of a metric; its keys are "METRIC,FILTER"."""

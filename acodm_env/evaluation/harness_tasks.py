@@ -2,7 +2,7 @@
 
 import importlib.util
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
@@ -33,12 +33,52 @@ def require_harness(task: str) -> None:
 
 
 def is_local(name: str, data: Path | None) -> bool:
-    """Whether `name` is asked from the files in `data`: humaneval, mmlu, and mmlu_SUBJECT for its subjects."""
+    """Whether `name` is asked from the files in `data`: humaneval, mmlu, its four categories, and mmlu_SUBJECT.
+
+    So are the harness's subjects where the files lack them, or are missing: that is then the error to tell.
+    """
     if data is None:
         return False
-    if not name.startswith("mmlu_"):
-        return name in HUB
+    if _can_be_local(name) or not name.startswith("mmlu_"):
+        return _can_be_local(name)
     return bool(_stamp(data)) and name[5:] in mmlu_of(data).dev
+
+
+def _can_be_local(name: str) -> bool:
+    known = mmlu_categories()
+    return name in HUB or name in known or any(name == f"mmlu_{subject}" for part in known.values() for subject in part)
+
+
+@lru_cache(maxsize=1)
+def mmlu_categories() -> dict[str, tuple[str, ...]]:
+    """Subjects of each of MMLU's four categories ("mmlu_stem", …), as the harness's files have them."""
+    import yaml
+
+    spec = importlib.util.find_spec("lm_eval")
+    if spec is None or spec.origin is None:
+        return {}
+    found: dict[str, list[str]] = {}
+    for path in sorted((Path(spec.origin).parent / "tasks" / "mmlu" / "default").glob("mmlu_*.yaml")):
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found.setdefault(str(settings["tag"]).removesuffix("_tasks"), []).append(settings["dataset_name"])
+    return {category: tuple(subjects) for category, subjects in found.items()}
+
+
+def local_subjects(name: str, data: Path) -> list[str]:
+    """The subjects in `data` of mmlu, one of its categories, or mmlu_SUBJECT.
+
+    Raises:
+        DataError: a file is missing or damaged, or holds no question of theirs.
+    """
+    there = sorted(mmlu_of(data).test)
+    wanted = there if name == "mmlu" else mmlu_categories().get(name, (name[5:],))
+    found = [subject for subject in there if subject in wanted]
+    if not found:
+        raise DataError(
+            f"tasks={name}: must have questions in the files of data={data}; their {len(there)} subjects are others; "
+            f"copy both files again, or leave data out for the hub's"
+        )
+    return found
 
 
 def mmlu_of(data: Path) -> Mmlu:
@@ -86,9 +126,10 @@ def check_hub_task(name: str) -> None:
                 f"tasks={name}: must not execute generated code ({leaf} does, with lm-eval's own means and without our "
                 f"sandbox); of such tasks only humaneval is supported; use humaneval, or leave it out"
             )
-    for dataset in sorted(datasets_of(name)):
-        if not _is_cached(dataset):
-            require_hub("dataset", dataset, _remedy(name, dataset))
+    for dataset, configurations in _needed(name).items():
+        missing = [one for one in configurations if not _is_cached(dataset, one)]
+        if missing:
+            require_hub("dataset", dataset, _remedy(name, dataset, missing))
 
 
 def _unknown(name: str, index: dict[str, Any]) -> ConfigError:
@@ -131,28 +172,59 @@ def _members(index: dict[str, Any], members: list[Any] | set[str]) -> Iterator[t
 
 def datasets_of(name: str) -> set[str]:
     """Hub names of the data sets that a task of the harness needs."""
-    configs = [config for _, config in leaves(manager().task_index, name)]
-    paths = {str(config["dataset_path"]) for config in configs if config.get("dataset_path")}
-    return {path for path in paths if path not in _FILE_FORMATS and not Path(path).exists()}
+    return set(_needed(name))
 
 
-def _is_cached(dataset: str) -> bool:
+def _needed(name: str) -> dict[str, list[str]]:
+    """Data sets of the hub that a task of the harness needs, and which configurations; "" is the only one there is."""
+    found: dict[str, set[str]] = {}
+    for _, config in leaves(manager().task_index, name):
+        path = str(config.get("dataset_path") or "")
+        if path and path not in _FILE_FORMATS and not Path(path).exists():
+            found.setdefault(path, set()).add(str(config.get("dataset_name") or ""))
+    return {path: sorted(found[path]) for path in sorted(found)}
+
+
+def _cache_folder(dataset: str) -> str:
+    """As datasets names it: google/IFEval is in google___if_eval."""
+    from datasets.naming import camelcase_to_snakecase
+
+    *owner, last = dataset.split("/")
+    return "___".join([*owner, camelcase_to_snakecase(last)])
+
+
+def _is_cached(dataset: str, configuration: str) -> bool:
+    """Whether the cache of datasets holds CONFIGURATION/VERSION/HASH of a data set.
+
+    Settings beside the configuration are added to its name, after a hyphen.
+    """
     from datasets import config
 
-    return (Path(config.HF_DATASETS_CACHE) / dataset.replace("/", "___")).is_dir()
+    return any(
+        folder.is_dir()
+        and not folder.name.endswith(".incomplete")
+        and (not configuration or f"{folder.parts[-3]}-".startswith(f"{configuration}-"))
+        for folder in (Path(config.HF_DATASETS_CACHE) / _cache_folder(dataset)).glob("*/*/*")
+    )
 
 
-def _remedy(name: str, dataset: str) -> str:
+def _remedy(name: str, dataset: str, configurations: Iterable[str]) -> str:
     """What to download where, and where to put it."""
     from datasets import config
 
-    prefix = name.partition("_")[0]
-    files = {"mmlu": "mmlu_dev.jsonl.gz and mmlu_test.jsonl.gz", "humaneval": "HumanEval.jsonl.gz"}.get(prefix)
-    local = f"--data DIR with {files}, or " if files and dataset in HUB.values() else ""
+    files = "HumanEval.jsonl.gz" if name == "humaneval" else "mmlu_dev.jsonl.gz and mmlu_test.jsonl.gz"
+    local = f"--data DIR with {files}, or " if _can_be_local(name) else ""
+    named = [one for one in configurations if one]
+    what, which = f"'{dataset}'", ""
+    if len(named) == 1:
+        what += f", '{named[0]}'"
+    elif named:
+        rest = f" and {len(named) - 3} more" if len(named) > 3 else ""
+        what, which = f"{what}, NAME", f" for each NAME of {', '.join(named[:3])}{rest},"
     return (
         f'the task {name} needs it: {local}load it where there is a network, python -c "from datasets import '
-        f"load_dataset; load_dataset('{dataset}', CONFIGURATION)\" or the same evaluation there, and copy the folder "
-        f"{dataset.replace('/', '___')} of its datasets cache to {config.HF_DATASETS_CACHE}"
+        f'load_dataset; load_dataset({what})"{which} or the same evaluation there, and copy the folder '
+        f"{_cache_folder(dataset)} of its datasets cache to {config.HF_DATASETS_CACHE}"
     )
 
 
@@ -174,8 +246,7 @@ def load_tasks(name: str, data: Path | None, scratch: Path) -> dict[str, Any]:
         return _load_from_hub(name)
     if name == "humaneval":
         return _load(inline_humaneval(read_humaneval(data), scratch))
-    mmlu = mmlu_of(data)
-    return _load(inline_mmlu(mmlu, sorted(mmlu.test) if name == "mmlu" else [name[5:]], scratch))
+    return _load(inline_mmlu(mmlu_of(data), local_subjects(name, data), scratch))
 
 
 def _load(configs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -192,7 +263,7 @@ def _load_from_hub(name: str) -> dict[str, Any]:
         if name == "humaneval":  # the harness's own begins by executing code on import
             return _load([_template("humaneval") | {"dataset_path": HUB["humaneval"]}])
         loaded: dict[str, Any] = manager().load([name])
-    except (OSError, DatasetsError) as error:
+    except (OSError, ValueError, DatasetsError) as error:  # ValueError: the cache lacks the configuration
         first = (str(error).splitlines() or [""])[0][:200]
         raise DataError(
             f"tasks={name}: its data must be whole; {type(error).__name__}: {first}; {_hint(name)}"
@@ -203,20 +274,17 @@ def _load_from_hub(name: str) -> dict[str, Any]:
 
 
 def _hint(name: str) -> str:
-    return "; ".join(_remedy(name, dataset) for dataset in sorted(datasets_of(name))) or "look into the task's own page"
+    return (
+        "; ".join(_remedy(name, dataset, names) for dataset, names in _needed(name).items())
+        or "look into the task's own page"
+    )
 
 
 def inline_mmlu(mmlu: Mmlu, subjects: Sequence[str], scratch: Path) -> list[dict[str, Any]]:
-    """A task's settings per subject, as `tasks/mmlu.yaml` has them, over files of that subject alone.
-
-    Raises:
-        DataError: a subject without questions.
-    """
+    """A task's settings per subject, as `tasks/mmlu.yaml` has them, over files of that subject alone."""
     template = _template("mmlu")
     configs = []
     for subject in subjects:
-        if subject not in mmlu.test:
-            raise DataError(f"tasks=mmlu_{subject}: must have questions in the test file; there is none; copy it again")
         files = {
             split: _write(scratch / split / f"{subject}.jsonl", rows)
             for split, rows in (("dev", mmlu.dev[subject]), ("test", mmlu.test[subject]))

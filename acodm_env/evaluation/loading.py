@@ -133,6 +133,7 @@ def _sharded(folder: Path) -> list[str]:
 
 
 def _config(folder: Path) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     if not (folder / "config.json").is_file():
@@ -143,7 +144,7 @@ def _config(folder: Path) -> Any:
         )
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise DataError(
             f"{folder / 'config.json'}: must be a configuration that transformers knows; {_first_line(error)}; copy "
             f"the model again, or take a newer transformers"
@@ -153,6 +154,11 @@ def _config(folder: Path) -> Any:
 def _context(folder: Path, config: Any, wanted: int | None) -> int:
     config = config.get_text_config()
     lengths = [getattr(config, name) for name in _CONTEXTS if isinstance(getattr(config, name, None), int)]
+    if lengths and lengths[0] < 1:
+        raise DataError(
+            f"{folder / 'config.json'}: must give the model's context; it says {lengths[0]} tokens; it was edited: copy "
+            f"the model again"
+        )
     if wanted is None:
         return int(lengths[0]) if lengths else UNBOUNDED_CONTEXT
     if wanted < 1:
@@ -181,7 +187,7 @@ def _tokenizer(folder: Path) -> tuple[Any, int]:
                 tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             else:  # the architecture's own class would add its special tokens to a tokenizer that has none of them
                 tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise DataError(
             f"model={folder}: must hold a tokenizer that transformers loads; {_first_line(error)}; save it again with "
             f"save_pretrained"

@@ -139,11 +139,13 @@ def _rows(path: Path, check: Callable[[Any], Row]) -> Iterator[tuple[int, Row]]:
 def _checked(path: Path, number: int, line: bytes, check: Callable[[Any], Row]) -> Row:
     try:
         value = json.loads(line)
-    except ValueError as error:  # both a JSON error and bytes that are no UTF-8
-        cause = getattr(error, "msg", str(error))
+    except (ValueError, RecursionError) as error:  # a JSON error, bytes that are no UTF-8, brackets without end
+        cause = "too deeply nested" if isinstance(error, RecursionError) else getattr(error, "msg", str(error))
         raise DataError(f"{path}:{number}: must be a JSON object; {cause}; copy the file again") from error
     try:
         return check(value)
+    except RecursionError as error:
+        raise DataError(f"{path}:{number}: must hold texts; too deeply nested; copy the file again") from error
     except ValueError as error:
         raise DataError(f"{path}:{number}: {error}; the line was edited or damaged; copy the file again") from error
 
@@ -153,6 +155,8 @@ def _question(value: Any) -> Row:
     choices, answer = value.get("choices"), value.get("answer")
     if not (isinstance(choices, list) and len(choices) == 4 and all(isinstance(one, str) for one in choices)):
         raise ValueError(f"choices={str(choices)[:80]}: must be four texts")
+    for choice in choices:
+        _check_unicode("choices", choice)
     if type(answer) is not int or not 0 <= answer <= 3:
         raise ValueError(f"answer={answer!r}: must be 0, 1, 2 or 3")
     if not _SUBJECT.fullmatch(row["subject"]):
@@ -162,6 +166,8 @@ def _question(value: Any) -> Row:
 
 def _problem(value: Any) -> Row:
     row = _with_texts(value, ("task_id", "prompt", "entry_point", "canonical_solution", "test"))
+    if not row["prompt"].strip():
+        raise ValueError("prompt: must hold the beginning of a function; it is empty")
     if not row["entry_point"].isidentifier():
         raise ValueError(f"entry_point={row['entry_point']!r}: must be a function's name")
     return row
@@ -173,7 +179,18 @@ def _with_texts(value: Any, keys: tuple[str, ...]) -> Row:
     for key in keys:
         if not isinstance(value.get(key), str):
             raise ValueError(f"{key}={str(value.get(key))[:40]}: must be a text")
+        _check_unicode(key, value[key])
     return {key: value[key] for key in keys}
+
+
+def _check_unicode(key: str, text: str) -> None:
+    """JSON can escape half of a character ("\\ud83d"), which no file or tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{key}={text[:40]!a}: must be whole characters; {text[error.start]!a} is half of one"
+        ) from error
 
 
 def _sha256(path: Path) -> str:

@@ -186,7 +186,7 @@ def _metric(name: str, unit: str, group: str, found: Estimate, num_items: int) -
         group=group,
         value=found.value,
         stderr=found.stderr,
-        low=found.low,
+        low=None if found.low is None else max(found.low, 0.0),  # few documents: the t interval knows no bound
         high=found.high,
         num_items=num_items,
         unit=unit,
@@ -277,7 +277,8 @@ class _Windows:
     def _fitting(self, keep: int) -> int:
         """Windows whose logits and widest activations stay within a budget, at least one."""
         config = self.loaded.model.config.get_text_config()  # type: ignore[operator, union-attr]
-        widest = max(keep * config.vocab_size, self.context * 4 * getattr(config, "hidden_size", 0))  # numbers
+        kept = keep if self._keeps else self.context
+        widest = max(kept * config.vocab_size, self.context * 4 * getattr(config, "hidden_size", 0))  # numbers
         device = self.loaded.device
         fitting = min(_of(_BUDGET_BYTES, device) // (4 * widest), _of(_MOST_TOKENS, device) // self.context)
         return max(1, int(fitting))

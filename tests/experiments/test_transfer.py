@@ -1,6 +1,7 @@
 """`acodm transfer` over a real model: adapting a run, what is not finite, the model that is left."""
 
 import json
+import shutil
 import signal
 
 import numpy as np
@@ -224,3 +225,18 @@ def test_bad_settings(arguments, message, tiny_corpus, tmp_path, capsys):
     assert run(tiny_corpus, tmp_path / "run", *UNIFORM, *arguments) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut short"])
+def test_a_lost_model_is_written_again_from_the_last_checkpoint(tiny_corpus, tmp_path, capsys, damage):
+    assert run(tiny_corpus, tmp_path, *UNIFORM, "--steps", 3) == 0
+    file = tmp_path / "model" / "model.safetensors"
+    whole, result, logged = file.read_bytes(), read(tmp_path), lines(tmp_path)
+    if damage == "gone":
+        shutil.rmtree(tmp_path / "model")
+    else:
+        file.write_bytes(whole[:1000])
+    assert run(tiny_corpus, tmp_path, *UNIFORM, "--steps", 3) == 0
+    assert "written from the last checkpoint" in capsys.readouterr().err
+    assert file.read_bytes() == whole
+    assert (read(tmp_path), lines(tmp_path)) == (result, logged)

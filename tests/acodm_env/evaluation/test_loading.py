@@ -229,3 +229,20 @@ def test_settings_that_are_not_there(saved):
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="device=cuda: no CUDA device"):
             load_model(saved, device="cuda")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"num_attention_heads": 7}, {"max_position_embeddings": "128"}, {"max_position_embeddings": 0}],
+    ids=["does not divide", "a text for a number", "no context"],
+)
+def test_an_edited_configuration_is_named(folder, changes):
+    change_config(folder, **changes)
+    with pytest.raises(DataError, match=r"copy/config\.json: must "):
+        load(folder)
+
+
+def test_an_edited_tokenizer_configuration_is_named(folder):
+    (folder / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(DataError, match="must hold a tokenizer that transformers loads"):
+        load(folder)

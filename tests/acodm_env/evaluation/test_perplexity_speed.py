@@ -1,8 +1,7 @@
 """Perplexity costs what its forward passes cost: at least 0.9 times the input tokens per second of a bare loop.
 
-Seconds are the processor's, on the one thread that tests have. What else the machine does still takes caches and
-memory bandwidth away, from ours more than from the bare loop, and only ever slows: so the fastest rounds are compared,
-and the median ratio of neighbouring rounds is printed beside that.
+Seconds are the processor's, on the one thread that tests have. What else the machine does is not counted, but takes
+caches and memory bandwidth away, from the losses more than from the model: run it on a machine that is idle.
 """
 
 import statistics
@@ -56,8 +55,8 @@ def test_tokens_per_second_of_a_bare_loop(tiny_store, capsys, preset, vocab_size
     for number in range(ROUNDS):  # neighbours, in either order
         for loop in (bare, ours) if number % 2 else (ours, bare):
             speeds[loop.__name__].append(loop())
-    median = statistics.median(mine / other for mine, other in zip(speeds["ours"], speeds["bare"], strict=True))
-    best = max(speeds["ours"]) / max(speeds["bare"])
+    ratios = [mine / other for mine, other in zip(speeds["ours"], speeds["bare"], strict=True)]
+    found, span = statistics.median(ratios), f"{min(ratios):.3f} to {max(ratios):.3f}"
     with capsys.disabled():
-        print(f"\n{preset}, stride {stride} of {context}: {best:.3f} of a bare loop, median {median:.3f}")  # noqa: T201
-    assert best >= 0.9
+        print(f"\n{preset}, stride {stride} of {context}: {found:.3f} of a bare loop ({span})")  # noqa: T201
+    assert found >= 0.9
