@@ -10,19 +10,26 @@ from pathlib import Path
 
 from acodm_env.errors import ConfigError, unknown
 from acodm_env.experiments.console import note, say
-from acodm_env.experiments.evaluation_compare import compare_all, write_comparison
+from acodm_env.experiments.evaluation_compare import check_settings, compare_all, write_comparison
 from acodm_env.experiments.evaluation_folder import Stored
-from acodm_env.experiments.evaluation_job import examine, make_job, measure, outcome
+from acodm_env.experiments.evaluation_job import Job, examine, make_job, measure, outcome
 from acodm_env.experiments.evaluation_subjects import Subject, find_subjects
 from acodm_env.experiments.evaluation_table import comparison_text, scores_text
+
+WITHOUT_EXAMPLES = {"perplexity", "humaneval"}
+"""Tasks that never have solved examples before what is asked."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Measure perplexity by domain, MMLU, HumanEval and other tasks of models, and compare models on equal items."""
+    """Measure perplexity by domain, MMLU, HumanEval and other tasks of models, and compare models on equal items.
+
+    Usage: acodm evaluate RUN|MODEL-FOLDER [… --compare], the folders named one after the other.
+    """
 
     runs: list[str] = field(default_factory=list)
-    """Runs of acodm transfer or cotrain, or folders of models as transformers saves them."""
+    """Runs of acodm transfer or cotrain, or folders of models as transformers saves them; named without a flag:
+    acodm evaluate A B."""
     tasks: str = "perplexity"
     """Names separated by commas: perplexity (on the corpus's test split), mmlu, humaneval, or any task of lm-eval,
     which all but the first need: pip install 'acodm[eval]'."""
@@ -31,7 +38,7 @@ class EvaluateConfig:
     domains: str | None = None
     """The domains of the corpus to score, separated by commas; default: the run's, or with --corpus all."""
     num_fewshot: int | None = None
-    """Solved examples before each question; default: the task's own number, 0 for mmlu."""
+    """Solved examples before each question; default: the task's own number, 0 for mmlu. Not for humaneval."""
     limit: int | None = None
     """First documents per domain, and first items per task or subject, that are scored; default: all."""
     batch_size: str = "auto"
@@ -77,6 +84,17 @@ class EvaluateConfig:
             raise ConfigError(f"batch_size={self.batch_size}: must be auto, or a number of rows from 1 on")
         if not self.task_names:
             raise ConfigError("tasks=: must name at least one; perplexity, mmlu, humaneval, or a task of lm-eval")
+        if self.num_fewshot and not set(self.task_names) - WITHOUT_EXAMPLES:
+            raise ConfigError(
+                f"num_fewshot={self.num_fewshot}: must be 0 for {' and '.join(self.task_names)}; solved examples go "
+                f"before questions, as mmlu's; leave it out"
+            )
+        for run in self.runs:
+            if "," in run and not Path(run).exists():
+                raise ConfigError(
+                    f"runs={run}: must be one folder each; commas do not separate them; acodm evaluate "
+                    f"{' '.join(run.split(','))}"
+                )
         if self.compare and len(self.runs) < 2:
             raise ConfigError(f"compare=True: must have at least two models; there {_count(self.runs)} in runs")
         if self.reference is not None and not self.compare:
@@ -138,7 +156,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, list[Stored]]:
     check(new)
     for job in jobs:
         examine(config, job, keep=len(jobs) == 1)
+    if config.compare:
+        _check_comparable(config, jobs)
     check([name for name in asked if name not in new and any(name in job.pending for job in jobs)])  # of other settings
+    if config.num_fewshot and "humaneval" in config.task_names and not config.quiet:
+        note(f"humaneval: without solved examples, as published; --num-fewshot {config.num_fewshot} is for the others")
     for job in jobs:
         if len(job.pending) < len(config.task_names) and not config.quiet:
             before = ", ".join(name for name in config.task_names if name not in job.pending)
@@ -152,6 +174,14 @@ def _check_reference(config: EvaluateConfig, subjects: Sequence[Subject]) -> Non
     names = [subject.name for subject in subjects]
     if config.reference is not None and config.reference not in names:
         unknown("reference", config.reference, names)
+
+
+def _check_comparable(config: EvaluateConfig, jobs: Sequence[Job]) -> None:
+    """Refuse results that will not compare, before hours go into measuring them."""
+    first = next((job for job in jobs if job.subject.name == config.reference), jobs[0])
+    for job in jobs:
+        for task in config.task_names:
+            check_settings((job.subject.name, job.identities[task]), (first.subject.name, first.identities[task]))
 
 
 if __name__ == "__main__":

@@ -109,25 +109,39 @@ def check_equal(one: tuple[str, Stored], other: tuple[str, Stored]) -> None:
     Raises:
         ConfigError: naming what differs.
     """
-    (name, mine), (reference, theirs) = one, other
-    task, other_task = (stored.scores.task for stored in (mine, theirs))
-    if task != other_task:
-        raise ConfigError(f"compare={name}: must be of {other_task} as {reference} is; it is of {task}")
-    cut = any(stored.scores.facts.get("num_truncated") for stored in (mine, theirs))
-    named = [*EQUAL, *(["context"] if task == "perplexity" or cut else [])]
-    settings = [(key, mine.identity.get(key), theirs.identity.get(key)) for key in named]
-    settings.append(("max_gen_toks", *(stored.scores.facts.get("max_gen_toks") for stored in (mine, theirs))))
-    for key, here, there in settings:
-        if here != there:
-            raise ConfigError(
-                f"compare={name}: must have {task} with {key}={_short(there)} as {reference} has; it has "
-                f"{_short(here)}, so the items are not equal; evaluate both with the same{_remedy(key)}"
-            )
+    found = [
+        (label, {**stored.identity, **{key: stored.scores.facts.get(key) for key in ("num_truncated", "max_gen_toks")}})
+        for label, stored in (one, other)
+    ]
+    check_settings(found[0], found[1])
     for label, stored in (one, other):
         if not stored.whole:
             raise ConfigError(
                 f"compare={label}: must have the items of {stored.name}; their file is missing or was edited; evaluate "
                 f"again with --fresh"
+            )
+
+
+def check_settings(one: tuple[str, Mapping[str, Any]], other: tuple[str, Mapping[str, Any]]) -> None:
+    """Refuse two identities that make unequal items, which is known before anything is measured.
+
+    Args:
+        one: name of a model, and the identity of its result; of one that is there also num_truncated, max_gen_toks.
+        other: of the reference.
+
+    Raises:
+        ConfigError: naming what differs.
+    """
+    (name, mine), (reference, theirs) = one, other
+    task = mine["task"]
+    if task != theirs["task"]:
+        raise ConfigError(f"compare={name}: must be of {theirs['task']} as {reference} is; it is of {task}")
+    cut = mine.get("num_truncated") or theirs.get("num_truncated")
+    for key in (*EQUAL, *(["context"] if task == "perplexity" or cut else []), "max_gen_toks"):
+        if mine.get(key) != theirs.get(key):
+            raise ConfigError(
+                f"compare={name}: must have {task} with {key}={_short(theirs.get(key))} as {reference} has; it has "
+                f"{_short(mine.get(key))}, so the items are not equal; evaluate both with the same{_remedy(key)}"
             )
 
 

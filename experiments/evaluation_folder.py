@@ -6,9 +6,10 @@
                                   of `Metric`; "tasks": by name, what each was made with
     FOLDER/evaluation/NAME.jsonl  a line per item (question, problem, document), by which models compare
 
-A result has a name: its task, and what was asked of it beyond the task's own ("mmlu", "mmlu-5-shot", "mmlu-limit100").
-`task` in the list of metrics is that name, so that a trial on a few items never passes for the whole. Results of other
-settings stay beside each other; those of other weights go when the model's new ones come.
+A result has a name: its task, and what was asked of it beyond what is usual ("mmlu", "mmlu-5-shot", "mmlu-limit100",
+"perplexity-context32", "perplexity-corpus-71d0dadf"). `task` in the list of metrics is that name, so that a trial on a
+few items never passes for the whole. Results of other settings stay beside each other; those of other weights or of
+another tokenizer go when the model's new ones come.
 """
 
 import json
@@ -30,6 +31,8 @@ from acodm_env.files import atomic_file, read_json, sha256, write_json
 FILE = "evaluation.json"
 ITEMS = "evaluation"
 FORMAT = 1
+MODEL = ("model_sha256", "tokenizer_sha256")
+"""What an identity says of the model; the rest says what was asked of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,13 +101,20 @@ class Results:
         scores = TaskScores(task=entry["identity"]["task"], metrics=metrics, items=items, facts=entry["facts"])
         return Stored(name=name, identity=entry["identity"], scores=scores, whole=whole)
 
-    def save(self, scores: TaskScores, identity: Mapping[str, Any], about: Mapping[str, Any]) -> str:
+    def save(
+        self,
+        scores: TaskScores,
+        identity: Mapping[str, Any],
+        about: Mapping[str, Any],
+        usual: Mapping[str, Any] | None = None,
+    ) -> str:
         """Write a result, items first; what another model left is dropped, what this one has stays.
 
         Args:
             scores: of one task.
             identity: all that decides its numbers, "task" and "model_sha256" among it.
             about: what may be known of how it was made: device, seconds.
+            usual: settings of the identity as they are unless asked for; others become part of the name.
 
         Returns:
             Its name.
@@ -116,9 +126,9 @@ class Results:
         tasks = {
             name: entry
             for name, entry in self.record["tasks"].items()
-            if entry["identity"].get("model_sha256") == plain["model_sha256"]
+            if all(entry["identity"].get(key) == plain.get(key) for key in MODEL)
         }
-        name = _free_name(plain, tasks)
+        name = _free_name(plain, tasks, usual or {})
         file = f"{ITEMS}/{name}.jsonl"
         with atomic_file(self.folder / file) as stream:
             for item in scores.items:
@@ -158,18 +168,29 @@ def _well_formed(record: Mapping[str, Any]) -> bool:
     )
 
 
-def _free_name(identity: Mapping[str, Any], tasks: Mapping[str, Any]) -> str:
+def _free_name(identity: Mapping[str, Any], tasks: Mapping[str, Any], usual: Mapping[str, Any]) -> str:
     """The name that a result of the same identity has, or a new one."""
-    stem = result_name(identity)
-    names = [stem, *(f"{stem}-{count}" for count in range(2, len(tasks) + 3))]
-    return next(name for name in names if name not in tasks or tasks[name]["identity"] == identity)
+    same = [name for name, entry in tasks.items() if entry["identity"] == identity]
+    stem = result_name(identity, usual)
+    names = [*same, stem, *(f"{stem}-{count}" for count in range(2, len(tasks) + 3))]
+    return next(name for name in names if name in same or name not in tasks)
 
 
-def result_name(identity: Mapping[str, Any]) -> str:
-    """ "mmlu", "mmlu-5-shot", "mmlu-limit100": the task, and what was asked of it beyond its defaults."""
+def result_name(identity: Mapping[str, Any], usual: Mapping[str, Any] | None = None) -> str:
+    """ "mmlu", "mmlu-5-shot", "perplexity-context32-limit100": the task, and what was asked beyond the defaults.
+
+    Args:
+        identity: all that decides the numbers.
+        usual: what context, stride, precision and corpus_fingerprint are unless asked for; what it lacks is not named.
+    """
     parts = [re.sub(r"[^A-Za-z0-9_.-]+", "_", str(identity["task"]))]
     if identity.get("num_fewshot"):
         parts.append(f"{identity['num_fewshot']}-shot")
+    asked = {key: identity[key] for key, value in (usual or {}).items() if key in identity and identity[key] != value}
+    if "corpus_fingerprint" in asked:
+        parts.append(f"corpus-{str(asked['corpus_fingerprint'])[:8]}")
+    parts += [f"{key}{asked[key]}" for key in ("context", "stride") if key in asked]
+    parts += [str(asked["precision"])] if "precision" in asked else []
     if identity.get("limit") is not None:
         parts.append(f"limit{identity['limit']}")
     return "-".join(parts)

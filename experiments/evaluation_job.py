@@ -29,6 +29,8 @@ class Job:
     results: Results
     store: TokenStore | None
     """For the perplexity; None where that is not asked for."""
+    usual: dict[str, Any] = field(default_factory=dict)
+    """Settings as they are unless asked for; others become part of a result's name."""
     identities: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By task: all that decides its numbers."""
     pending: list[str] = field(default_factory=list)
@@ -81,12 +83,23 @@ def _store(config: "EvaluateConfig", subject: Subject) -> TokenStore:
 
 
 def examine(config: "EvaluateConfig", job: Job, *, keep: bool) -> None:
-    """Load a model, which shows whether it is whole and fits; find what is still to be measured."""
+    """Load a model, which shows whether it is whole and fits; find what is still to be measured.
+
+    Raises:
+        ConfigError, DataError: the model, its tokenizer or a setting does not fit.
+    """
     from acodm_env.evaluation.perplexity import check_perplexity
 
     loaded = _load(config, job.subject)
     if job.store is not None:
         check_perplexity(loaded, job.store, split=SPLIT, stride=config.stride, batch_size=config.rows)
+        _check_tokenizer(config, job, loaded, job.store)
+    job.usual = {
+        "context": _longest_context(loaded),
+        "stride": _usual_stride(loaded),
+        "precision": "fp32",
+        "corpus_fingerprint": job.subject.config.get("corpus_fingerprint"),
+    }
     for task in config.task_names:
         identity = _identity(config, job, loaded, task)
         job.identities[task] = identity
@@ -99,6 +112,39 @@ def _load(config: "EvaluateConfig", subject: Subject) -> "LoadedModel":
     from acodm_env.evaluation.loading import load_model
 
     return load_model(subject.model, device=config.device, precision=config.precision, context=config.context)
+
+
+def _check_tokenizer(config: "EvaluateConfig", job: Job, loaded: "LoadedModel", store: TokenStore) -> None:
+    """A run's model reads its own corpus as it is stored.
+
+    Raises:
+        DataError: it has another tokenizer, so it is not the one that it was trained with.
+    """
+    from acodm_env.evaluation.documents import Reader
+
+    trained_on = job.subject.config.get("corpus_fingerprint")
+    if not job.subject.config or (config.corpus is not None and store.fingerprint != trained_on):
+        return  # another corpus may have another tokenizer: its texts are encoded again, which is said
+    file = loaded.path / "tokenizer.json"
+    if Reader.of(store, file, int(loaded.tokenizer.eos_token_id)).tokenizer_file is not None:
+        raise DataError(
+            f"{file}: must be the tokenizer of the corpus that run {job.subject.folder} was trained on; it is another "
+            f"one, so the model reads ids that it never learnt; copy {store.path / 'tokenizer.json'} back over it"
+        )
+
+
+def _longest_context(loaded: "LoadedModel") -> int:
+    """What the model's context is where none is asked for, in tokens."""
+    from acodm_env.evaluation.loading import UNBOUNDED_CONTEXT
+
+    config: Any = loaded.model.config
+    config = config.get_text_config()
+    names = ("max_position_embeddings", "n_positions", "max_seq_len")
+    return next((size for name in names if isinstance(size := getattr(config, name, None), int)), UNBOUNDED_CONTEXT)
+
+
+def _usual_stride(loaded: "LoadedModel") -> int:
+    return max(1, loaded.context // 2)
 
 
 def _identity(config: "EvaluateConfig", job: Job, loaded: "LoadedModel", task: str) -> dict[str, Any]:
@@ -115,7 +161,7 @@ def _identity(config: "EvaluateConfig", job: Job, loaded: "LoadedModel", task: s
     }
     if task == "perplexity":
         assert job.store is not None
-        stride = config.stride or max(1, loaded.context // 2)
+        stride = config.stride or _usual_stride(loaded)
         return common | {"split": SPLIT, "stride": stride, "corpus_fingerprint": job.store.fingerprint}
     data = None if config.data is None else data_checksums(task, Path(config.data))
     shots = 0 if task == "humaneval" else config.num_fewshot
@@ -183,7 +229,7 @@ def _bar(config: "EvaluateConfig", name: str, store: TokenStore) -> Iterator[Any
 
 @contextmanager
 def _bars(config: "EvaluateConfig", name: str) -> Iterator[Any]:
-    """A bar per task, and one for the programs of humaneval."""
+    """A bar per task, and one for the programs of humaneval; each ends with its task."""
     with ExitStack() as stack:
         bars: dict[str, Any] = {}
 
@@ -191,6 +237,8 @@ def _bars(config: "EvaluateConfig", name: str) -> Iterator[Any]:
             if task not in bars:
                 bars[task] = stack.enter_context(progress(total, f"{name}: {task}", quiet=config.quiet, unit="item"))
             bars[task].update(done - bars[task].n)
+            if done >= total:
+                bars[task].close()
 
         yield advance
 
@@ -204,7 +252,7 @@ def _keep(config: "EvaluateConfig", job: Job, loaded: "LoadedModel", scores: Tas
         "num_parameters": loaded.num_parameters,
         "harness_version": scores.facts.get("harness_version", identity.get("harness_version")),
     }
-    job.results.save(scores, identity, about)
+    job.results.save(scores, identity, about, job.usual)
 
 
 def outcome(job: Job, asked: Sequence[str]) -> list[Stored]:

@@ -8,6 +8,9 @@ from typing import Any, Never
 from acodm_env.errors import ConfigError
 from acodm_env.files import read_json, recover_folder
 
+MOST_NAMED = 3
+"""Runs of a folder that a message names."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
@@ -53,7 +56,9 @@ def _subject(folder: Path) -> Subject:
 
 def _run_config(folder: Path) -> dict[str, Any] | None:
     """Settings of the run in `folder`; None if it holds a model's own files."""
-    wanted = f"runs={folder}: must be the folder of a run of acodm transfer, or of a model"
+    wanted = f"runs={folder}: must be the folder of a run of acodm transfer or cotrain, or of a model"
+    if folder.is_file():
+        raise ConfigError(f"{wanted}; it is a file; name the folder that it is in")
     if not folder.is_dir():
         raise ConfigError(f"{wanted}; there is no such folder; see where the run was written (--out)")
     if (folder / "plan.json").exists():
@@ -64,13 +69,28 @@ def _run_config(folder: Path) -> dict[str, Any] | None:
     if (folder / "policy.json").exists():
         raise ConfigError(f"{wanted}; it is a policy; train a model under it: acodm transfer --policy {folder}")
     if not (folder / "config.json").exists():
-        inside = f"; give {folder / 'model'}" if (folder / "model" / "config.json").exists() else ""
-        raise ConfigError(f"{wanted}; it has no config.json: it is empty, or the run has not begun{inside}")
+        _no_settings(folder, wanted)
     record = read_json(folder / "config.json")
     if isinstance(record, dict) and isinstance(record.get("config"), dict) and "versions" in record:
         config: dict[str, Any] = record["config"]
         return config
     return None
+
+
+def _no_settings(folder: Path, wanted: str) -> Never:
+    """Say what a folder without config.json is, and what to name instead."""
+    if (folder / "corpus.json").exists():
+        raise ConfigError(f"{wanted}; it is a corpus: name the models, and give it by --corpus {folder}")
+    if (folder / "model" / "config.json").exists():
+        raise ConfigError(f"{wanted}; it has no config.json, but its model/ has: give {folder / 'model'}")
+    inside = sorted(each.parent.name for each in folder.glob("*/config.json"))
+    if inside:
+        more = ", …" if len(inside) > MOST_NAMED else ""
+        raise ConfigError(
+            f"{wanted}; it is a folder of runs or models: name one in it, or several: "
+            f"{', '.join(str(folder / name) for name in inside[:MOST_NAMED])}{more}"
+        )
+    raise ConfigError(f"{wanted}; it has no config.json: it is empty, or the run has not begun")
 
 
 def _no_model(folder: Path, config: Mapping[str, Any]) -> Never:
@@ -93,7 +113,10 @@ def _no_model(folder: Path, config: Mapping[str, Any]) -> Never:
             f"{wanted}: the run diverged; go on from its last checkpoint by the same command with --on-nonfinite skip, "
             f"or train anew with a lower --learning-rate"
         )
-    raise ConfigError(f"{wanted}: it was removed after the run ended; train it again into another folder")
+    raise ConfigError(
+        f"{wanted}: it was removed after the run ended; give the run's command again, with --out {folder}, "
+        f"which writes it from the last checkpoint"
+    )
 
 
 def _names(subjects: Sequence[Subject]) -> dict[Path, str]:

@@ -9,6 +9,8 @@ from acodm_env.experiments.evaluation_folder import Stored
 
 MARKS = {AT: "≈ chance", BELOW: "below chance"}
 """Verdict: its mark in a table; a score above chance has none."""
+MOST_NAMED = 8
+"""Domains up to which a remark names each."""
 SHORT = {"loss": "loss, nats/token", "perplexity": "perplexity", "bits_per_byte": "bits/byte"}
 
 
@@ -92,33 +94,75 @@ def bounds(low: float | None, high: float | None, sign: str = "") -> str:
     return f"[{format(low, form)}, {format(high, form)}]"
 
 
+def counted(number: int, noun: str) -> str:
+    """ "1 item", "2,000 items"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def noun(stored: Stored) -> str:
+    """What a result's items are."""
+    return "document" if is_perplexity(stored) else "item"
+
+
+def is_trial(stored: Stored) -> bool:
+    """Whether only the first items were scored (``--limit``)."""
+    return stored.identity.get("limit") is not None
+
+
 def remarks(stored: Stored, model: str = "") -> list[str]:
-    """What has to be known to read a result: scores that are no better than guessing, cut prompts, stride, trials.
+    """What has to be known to read a result: scores that are no better than guessing, cut prompts, corpus, trials.
 
     Args:
         stored: the result.
         model: whose it is, named where a sentence is on its score; "" if there is no other.
     """
-    name, facts, identity = stored.name, stored.scores.facts, stored.identity
+    name, facts = stored.name, stored.scores.facts
     whole = [metric for metric in stored.scores.metrics if not metric.group]
     lines = [line for metric in whole if (line := _chance(f"{model}, {name}" if model else name, metric))]
     if is_perplexity(stored):
-        lines.append(
-            f"{name}: every token of the test split scored once, by windows of {identity.get('context')} tokens that "
-            f"move on by {identity.get('stride')}; intervals over documents. Over tokenizers, only bits/byte compare."
-        )
-    if cut := facts.get("num_truncated"):
-        asked = facts.get("num_items", len(stored.scores.items))
-        lines.append(
-            f"{name}: {cut:,} of {asked:,} prompts are longer than the context of {identity.get('context')} tokens and "
-            f"lost their beginnings, so the score is not the task's as published."
-        )
+        lines += _text_remarks(stored)
+    if facts.get("num_truncated"):
+        lines.append(_cut(stored))
     if facts.get("complete") is False:
         counts = ", ".join(f"{count:,} {what}" for what, count in facts.get("data", {}).items())
         lines.append(f"{name}: the local files hold {counts}, which is not the published number.")
-    if identity.get("limit") is not None:
-        lines.append(f"{name}: a trial on the first {identity['limit']} items of each part, not the whole.")
+    if is_trial(stored):
+        limit = int(stored.identity["limit"])
+        first = noun(stored) if limit == 1 else counted(limit, noun(stored))
+        part = "domain" if is_perplexity(stored) else "part"
+        lines.append(f"{name}: a trial on the first {first} of each {part}, not the whole.")
     return lines
+
+
+def _text_remarks(stored: Stored) -> list[str]:
+    """How a perplexity was measured, and of what."""
+    name, facts, identity = stored.name, stored.scores.facts, stored.identity
+    windows = f"windows of {counted(identity.get('context') or 0, 'token')} that move on by {identity.get('stride')}"
+    lines = [
+        f"{name}: every token of the test split scored once, by {windows}; intervals over documents. Over tokenizers, "
+        f"only bits/byte compare."
+    ]
+    domains = [group for group in dict.fromkeys(metric.group for metric in stored.scores.metrics) if group]
+    names = f" ({', '.join(domains)})" if len(domains) <= MOST_NAMED else ""
+    corpus = str(identity.get("corpus_fingerprint", "unknown"))[:12]
+    again = ", and its texts were encoded again with the model's tokenizer" if facts.get("reencoded") else ""
+    lines.append(f"{name}: the corpus is {corpus}, {counted(len(domains), 'domain')}{names}{again}.")
+    return lines
+
+
+def _cut(stored: Stored) -> str:
+    """That prompts were too long for the model."""
+    facts, identity = stored.scores.facts, stored.identity
+    cut, asked = facts["num_truncated"], facts.get("num_items", len(stored.scores.items))
+    room = facts.get("prompt_tokens")
+    than = (
+        f"the {counted(room, 'token')} that the context leaves beside a completion"
+        if room is not None and room != identity.get("context")
+        else f"the context of {counted(identity.get('context') or 0, 'token')}"
+    )
+    which = f"{cut:,} of {counted(asked, 'prompt')} {'is' if cut == 1 else 'are'}"
+    lost = "lost its beginning" if cut == 1 else "lost their beginnings"
+    return f"{stored.name}: {which} longer than {than} and {lost}, so the score is not the task's as published."
 
 
 def _chance(name: str, metric: Metric) -> str:

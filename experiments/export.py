@@ -1,13 +1,15 @@
 """`acodm export`: turn a learned agent into a policy folder that needs no RL library."""
 
 import json
+import shutil
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from acodm_env.config import from_dict
 from acodm_env.errors import ConfigError, DataError, unknown
-from acodm_env.experiments.console import say
+from acodm_env.experiments.console import note, say
 from acodm_env.experiments.policy_card import CARD, without_paths, write_policy_card
 from acodm_env.experiments.push import check_push, push_folder
 from acodm_env.experiments.run_folder import git_commit, open_run, versions
@@ -63,6 +65,9 @@ def run(config: ExportConfig) -> None:
 def push_policy(path: str | Path, repo: str, *, private: bool = False) -> str:
     """Upload a policy folder, with a card if it has none yet, and return the commit's URL.
 
+    Paths in the record of its learning, which earlier versions wrote, are told as bare names: a rewritten copy is
+    pushed then, which decides the same and has the same fingerprint.
+
     Args:
         path: of the policy, which is loaded first.
         repo: OWNER/NAME on the hub.
@@ -75,7 +80,22 @@ def push_policy(path: str | Path, repo: str, *, private: bool = False) -> str:
     if not (Path(path) / CARD).exists():
         write_policy_card(path, policy, repo)
     message = f"Policy {policy.fingerprint[:16]}"
-    return push_folder(path, repo, POLICY_FILES, message=message, private=private)
+    told = _without_paths(policy)
+    if told.provenance == policy.provenance:
+        return push_folder(path, repo, POLICY_FILES, message=message, private=private)
+    note(f"{path}: policy.json names local paths; a copy with bare names instead is pushed, the folder stays as it is")
+    with tempfile.TemporaryDirectory() as place:
+        copy = told.save(Path(place) / "policy")
+        shutil.copyfile(Path(path) / CARD, copy / CARD)
+        return push_folder(copy, repo, POLICY_FILES, message=message, private=private, original=path)
+
+
+def _without_paths(policy: Policy) -> Policy:
+    """The same policy, whose provenance names no paths."""
+    config = policy.provenance.get("config")
+    if not isinstance(config, dict):
+        return policy
+    return replace(policy, provenance={**policy.provenance, "config": without_paths(config)})
 
 
 def _export(config: ExportConfig) -> None:

@@ -1,16 +1,17 @@
 """`acodm export-model`: a run's model as a Hugging Face folder with a card, checked by loading it, pushed if asked."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from acodm_env.errors import ConfigError, DataError
-from acodm_env.experiments.console import say
+from acodm_env.experiments.console import note, say
 from acodm_env.experiments.model_card import Trained, Weights, model_card
 from acodm_env.experiments.model_folder import TOKENIZER, WEIGHTS, write_settings
+from acodm_env.experiments.plan import MEAN_OF, POLICIES
 from acodm_env.experiments.push import check_push, push_folder
 from acodm_env.experiments.run_folder import open_run
 from acodm_env.files import atomic_file, atomic_folder, read_json, recover_folder
@@ -25,8 +26,12 @@ MODEL_FILES = (
     *("README.md", "config.json", "generation_config.json"),
     *(WEIGHTS, TOKENIZER, "tokenizer_config.json"),
 )
+EVALUATED = ("evaluation.json", "evaluation")
 CHECKED_SHAPE = (4, 64)
 """Sequences and tokens, at most, on which the written model is compared with the run's."""
+CHECKED_TEXTS = ("alpha beta 123 run.", "  two  spaces , ok", "é ü 漢 ~", "e\u0301", "don't I'M 12345\n\n x", "\tA_b-C")
+"""Texts on which `AutoTokenizer` is compared with tokenizer.json: tokenizers differ at spaces, digits and accents."""
+_CELL = {"model", "mixer", "rule", "options", "corpus_fingerprint"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +39,10 @@ class ExportModelConfig:
     """Write a run's model as a Hugging Face folder with a card, and push it if asked (--push)."""
 
     run: str = "runs/transfer"
-    """Folder of a finished run of `acodm transfer` or `acodm cotrain`."""
+    """Folder of a finished run of `acodm transfer` or `acodm cotrain`, or of a benchmark's cell that kept its model."""
     out: str = "runs/model"
-    """Folder to write: weights, configuration, tokenizer, README.md. An earlier export there is replaced."""
+    """Folder to write: weights, configuration, tokenizer, README.md. An earlier export there is replaced, which its
+    README.md shows."""
     policy: str | None = None
     """Folder of the policy that drove the run, so that the card tells where it was learned."""
     push: str | None = None
@@ -78,7 +84,8 @@ def read_trained(path: str | Path) -> Trained:
     """
     folder = open_run(path)
     wanted = f"run={path}: must be a finished run with a model"
-    if not {"target", "corpus_fingerprint", "name"} <= folder.config.keys() or "objective" in folder.config:
+    settings = _settings(folder.config)
+    if settings is None:
         raise ConfigError(f"{wanted}; this one leaves none; train it by `acodm transfer` or `acodm cotrain`")
     result, steps = folder.result, folder.lines("stats.jsonl")
     if result is None or not steps:
@@ -89,8 +96,33 @@ def read_trained(path: str | Path) -> Trained:
                 f"{wanted}; it diverged; go on from its last checkpoint by the same command with --on-nonfinite skip, "
                 f"or train anew with a lower --learning-rate"
             )
+        if _is_cell(folder.config) and not folder.config.get("keep_models"):
+            raise DataError(f"{wanted}; its benchmark kept none; run it with --keep-models into another --out")
         raise DataError(f"{wanted}; model/{WEIGHTS} was removed; train it again into another folder")
-    return Trained(path=folder.path, record=read_json(folder.path / "config.json"), steps=steps, result=result)
+    record = read_json(folder.path / "config.json") | {"config": settings}
+    return Trained(path=folder.path, record=record, steps=steps, result=result)
+
+
+def _is_cell(config: Mapping[str, Any]) -> bool:
+    """Whether these are the settings of a benchmark's cell that trains the target."""
+    return config.keys() >= _CELL
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Settings of a target run under the names that `acodm transfer` gives them; None if it is another run."""
+    if not _is_cell(config):
+        is_target = {"target", "corpus_fingerprint", "name"} <= config.keys() and "objective" not in config
+        return dict(config) if is_target else None
+    name, options = str(config["mixer"]), dict(config["options"])
+    told: dict[str, Any] = {"target": config["model"], "name": name, "mixer": config["rule"]}
+    if name.startswith(MEAN_OF):  # its options are those of what it averages
+        return {**config, **told, "mean_of": name.removeprefix(MEAN_OF), "options": {}}
+    if config["rule"] in POLICIES:
+        told["policy"] = options.pop("policy", None)
+    weights = options.get("weights")
+    if isinstance(weights, list) and len(weights) == len(config["domains"]):
+        told["weights"] = options.pop("weights")
+    return {**config, **told, "options": options}
 
 
 def driving_policy(trained: Trained, path: str | None) -> Policy | None:
@@ -153,16 +185,49 @@ def export_model(
         write_settings(fresh, _config(source), source / TOKENIZER, end)
         if not torch.equal(*(logits.view(torch.uint8) for logits in (expected, _logits(_load(fresh), ids)))):
             raise DataError(f"{source}: the exported model would give other logits than the run's; nothing was written")
+        weights = replace(weights, auto_tokenizer=_auto_tokenizer_fits(fresh))
+        for name in EVALUATED:  # of the export before; `acodm evaluate` sees by the weights whether it still holds
+            if (out / name).exists():
+                (shutil.copytree if (out / name).is_dir() else shutil.copyfile)(out / name, fresh / name)
         with atomic_file(fresh / "README.md") as file:
             file.write(model_card(trained, weights, repo or out.resolve().name, policy, repo).encode())
+    if not weights.auto_tokenizer:
+        note(
+            f"{out}: transformers' AutoTokenizer gives other token ids than the model was trained on, whatever the "
+            f"folder says ({weights.architecture}); load its tokenizer by PreTrainedTokenizerFast.from_pretrained, as "
+            f"its card says"
+        )
     return ids.numel()
 
 
 def _check_out(out: Path, source: Path) -> None:
-    if out.exists() and (not out.is_dir() or {file.name for file in out.iterdir()} - {*MODEL_FILES}):
-        raise DataError(f"out={out}: already holds other files; choose another folder")
+    found = {file.name for file in out.iterdir()} if recover_folder(out).is_dir() else set()
+    foreign = sorted(found - {*MODEL_FILES, *EVALUATED})
+    if foreign or (out.exists() and not out.is_dir()):
+        what = f"already holds {foreign[0]}, which is no part of a model" if foreign else "is a file"
+        raise DataError(f"out={out}: {what}; choose another folder")
     if out.resolve() == source.resolve():
         raise DataError(f"out={out}: must not be the run's own model; choose another folder")
+    if found and "README.md" not in found:
+        raise DataError(
+            f"out={out}: must be absent, empty or an earlier export; it holds a model without a README.md, which may "
+            f"be a run's only one; choose another folder"
+        )
+
+
+def _auto_tokenizer_fits(folder: Path) -> bool:
+    """Whether `AutoTokenizer` encodes as the folder's tokenizer.json does."""
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+
+    plain = Tokenizer.from_file(str(folder / TOKENIZER))
+    plain.no_truncation()
+    plain.no_padding()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError):
+        return False
+    return all(tokenizer(text)["input_ids"] == plain.encode(text).ids for text in CHECKED_TEXTS)
 
 
 def _config(folder: Path) -> Any:

@@ -3,6 +3,7 @@
 Everything comes from the run's folder. Of paths only the last part is told: where files lie is nobody else's business.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ class Trained:
 
     path: Path
     record: Mapping[str, Any]
-    """`config.json`."""
+    """`config.json`, with a benchmark's settings under the names of `acodm transfer`."""
     steps: Sequence[Mapping[str, Any]]
     """Lines of `stats.jsonl`."""
     result: Mapping[str, Any]
@@ -53,6 +54,8 @@ class Weights:
     """Tokens."""
     sha256: str
     """Of the file of weights."""
+    auto_tokenizer: bool = True
+    """Whether `AutoTokenizer` encodes as the model was trained."""
 
 
 def model_card(run: Trained, weights: Weights, name: str, policy: Policy | None = None, repo: str | None = None) -> str:
@@ -75,7 +78,7 @@ def model_card(run: Trained, weights: Weights, name: str, policy: Policy | None 
         f"# {name}",
         _summary(run, weights),
         "## How to load it",
-        _usage(repo),
+        _usage(repo, weights),
         "## Training",
         markdown_table(("", ""), _training_rows(run, weights)),
         "## The mixture that it was trained on",
@@ -83,7 +86,7 @@ def model_card(run: Trained, weights: Weights, name: str, policy: Policy | None 
         "## Who decided the mixture",
         _decider(run, policy),
         "## Evaluation",
-        evaluation_section(run.path / "evaluation.json", weights.sha256),
+        evaluation_section(run.path / "evaluation.json", weights.sha256, run.config.get("corpus_fingerprint")),
         "## Limits",
         _limits(run, weights),
         "## Made with",
@@ -102,14 +105,28 @@ def _summary(run: Trained, weights: Weights) -> str:
     )
 
 
-def _usage(repo: str | None) -> str:
+def _usage(repo: str | None, weights: Weights) -> str:
     where = repo or "FOLDER"
+    tokenizer = "AutoTokenizer" if weights.auto_tokenizer else "PreTrainedTokenizerFast"
+    warning = (
+        "\n\nNot by `AutoTokenizer`: for this architecture it builds another tokenizer than the one that lies here, "
+        "which gives other ids than those that the model was trained on."
+    )
     return (
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"```python\nfrom transformers import AutoModelForCausalLM, {tokenizer}\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("{where}")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{where}")\n```'
+        f'tokenizer = {tokenizer}.from_pretrained("{where}")\n```'
+        + ("" if weights.auto_tokenizer else warning)
         + ("" if repo else "\n\n`FOLDER` is the folder that this file lies in.")
     )
+
+
+_BENCHMARK_COSTS = {
+    "training": "training compute",
+    "measurement": "compute of what the method had measured",
+    "preparation": "compute of the method's runs beforehand",
+    "learning": "compute of the policy's learning",
+}
 
 
 def _training_rows(run: Trained, weights: Weights) -> list[tuple[str, str]]:
@@ -129,6 +146,9 @@ def _training_rows(run: Trained, weights: Weights) -> list[tuple[str, str]]:
     cost = result.get("accounting") or {}
     if cost.get("flops"):
         rows.append(("training compute", f"{cost['flops']:.3g} FLOPs ({cost['precision']}, {cost['device']})"))
+    for part, label in _BENCHMARK_COSTS.items():
+        if flops := (result.get("cost") or {}).get(part, {}).get("flops"):
+            rows.append((label, f"{flops:.3g} FLOPs"))
     if skipped := sum(record.get("skipped", 0) for record in run.steps):
         rows.append(("updates skipped", f"{skipped:,}: the loss or the gradient was not finite"))
     if result.get("overridden_steps"):
@@ -214,7 +234,15 @@ def _mixture_section(run: Trained) -> str:
         "Shares are means over all steps, weighted by their tokens: what was drawn, in whole sequences, and what was "
         f"decided. Losses are on {run.config['eval_sequences']} sequences per domain of the corpus's test split"
     )
-    return markdown_table(header, rows) + f"\n\n{note}; unweighted over domains: {', '.join(means)}."
+    return markdown_table(header, rows) + f"\n\n{note}; {_averaging(run.config)}: {', '.join(means)}."
+
+
+def _averaging(config: Mapping[str, Any]) -> str:
+    objective = config.get("objective") or []
+    if len(set(objective)) <= 1:
+        return "unweighted over domains"
+    weights = (f"{name} {weight:.4g}" for name, weight in zip(config["targets"], objective, strict=True))
+    return f"weighted over domains ({', '.join(weights)})"
 
 
 def _share_cells(share: Share | None) -> tuple[str, str, str, str]:
@@ -244,19 +272,33 @@ def _decider(run: Trained, policy: Policy | None) -> str:
             ("updates", f"{learning['updates']:,}"),
             ("teacher", f"{learning['teacher']}, for the first {learning['start_decisions']} decisions"),
         ]
+    elif config.get("mean_of"):
+        return f"One mixture throughout: the mean over time of those that `{config['mean_of']}` decided in another run."
+    elif config["mixer"] == "policy-untrained":
+        what = "A policy with random weights, which learned nothing: the control of a benchmark."
+        rows = []
     elif config.get("policy"):
         what = "A policy that was learned beforehand."
         rows = []
     else:
-        weights = config.get("weights")
-        given = dict(zip(config["domains"], weights, strict=True)) if weights else {}
-        text = ", ".join(f"{name} {weight:.4g}" for name, weight in given.items())
-        return f"The mixing method `{config['mixer']}`" + (f" with the weights {text}." if text else ".")
+        return _method(config)
     if fingerprint := config.get("policy") or (policy and policy.fingerprint):
         rows.append(("policy's fingerprint", f"`{fingerprint}`"))
     provenance = run.result.get("policy") if policy is None else policy.provenance
     rows += provenance_rows(provenance) if provenance else []
     return f"{what}\n\n{markdown_table(('', ''), rows)}" if rows else what
+
+
+def _method(config: Mapping[str, Any]) -> str:
+    weights = config.get("weights")
+    given = dict(zip(config["domains"], weights, strict=True)) if weights else {}
+    parts = ["the weights " + ", ".join(f"{name} {weight:.4g}" for name, weight in given.items())] if given else []
+    parts += [f"{key} {_option(value)}" for key, value in (config.get("options") or {}).items()]
+    return f"The mixing method `{config['mixer']}`" + (f" with {'; '.join(parts)}." if parts else ".")
+
+
+def _option(value: Any) -> str:
+    return bare_name(value) if isinstance(value, str) else json.dumps(value)
 
 
 # --- what it is not good for ------------------------------------------------------------------------------

@@ -4,6 +4,9 @@
 
     AutoModelForCausalLM.from_pretrained("runs/mine/model")
     AutoTokenizer.from_pretrained("runs/mine/model")
+
+Of some architectures (Qwen2, Phi-3) `AutoTokenizer` builds another tokenizer, whatever the folder says;
+`PreTrainedTokenizerFast` takes the one that lies there.
 """
 
 import shutil

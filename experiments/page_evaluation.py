@@ -1,7 +1,9 @@
 """The report's section on what `acodm evaluate` measured of the runs: scores, chance, differences to the baseline."""
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from acodm_env.errors import ConfigError, DataError
 from acodm_env.evaluation.scores import AT, BELOW, Metric
@@ -14,8 +16,18 @@ from acodm_env.experiments.evaluation_compare import (
     compare,
     tokenizers_differ,
 )
-from acodm_env.experiments.evaluation_folder import FILE, Results, Stored
-from acodm_env.experiments.evaluation_table import MARKS, SHORT, bounds, is_perplexity, number, remarks
+from acodm_env.experiments.evaluation_folder import FILE, MODEL, Results, Stored, result_name
+from acodm_env.experiments.evaluation_table import (
+    MARKS,
+    SHORT,
+    bounds,
+    counted,
+    is_perplexity,
+    is_trial,
+    noun,
+    number,
+    remarks,
+)
 from acodm_env.experiments.page import Cell, Html, element, join, listing, markup, table
 from acodm_env.experiments.page_answer import SYMBOLS
 from acodm_env.experiments.report_data import baseline_of
@@ -23,7 +35,7 @@ from acodm_env.experiments.statistics import mean_interval, paired_interval
 from acodm_env.experiments.summary import Summary
 
 Seeds = Mapping[int, Stored]
-"""One mixer's results of one name, by seed."""
+"""One mixer's results under one condition, by seed."""
 
 
 @dataclass(frozen=True)
@@ -42,80 +54,115 @@ NONE = _Difference(None, None, None, "does not compare")
 def evaluation_section(comparison: Comparison, summary: Summary) -> Html:
     """What was evaluated of the runs under one schedule; nothing where no run was."""
     found, problems = _read(comparison, summary.schedule)
-    names = list(dict.fromkeys(name for results in found.values() for name in results))
-    if not names and not problems:
+    conditions = list(dict.fromkeys(condition for results in found.values() for condition in results))
+    if not conditions and not problems:
         return Html("")
     lead = "By acodm evaluate, of the models at the end of training. With one seed the intervals are over documents or "
     lead += "questions: they say nothing of another training of the same. With several they are over seeds, paired."
     parts: list[Html] = [element("h3", "Evaluation"), element("p", lead, class_="soft lead")]
     parts += [listing(problems, class_="soft")] if problems else []
-    for name in names:
-        of = {mixer: results[name] for mixer, results in found.items() if name in results}
-        parts.append(_scores(name, of, baseline_of(comparison)))
-        parts.append(_groups(name, of))
-    lines = [line for name in names for line in _remarks(found, name)]
+    lines: list[str] = []
+    for condition in conditions:
+        of = {mixer: results[condition] for mixer, results in found.items() if condition in results}
+        parts += [_scores(of, baseline_of(comparison)), _groups(of)]
+        lines += [line for mixer, seeds in of.items() for line in remarks(_first(seeds), mixer)]
     return join([*parts, listing(dict.fromkeys(lines), class_="soft") if lines else Html("")])
 
 
 def _read(comparison: Comparison, schedule: str) -> tuple[dict[str, dict[str, dict[int, Stored]]], list[str]]:
-    """Results by mixer, name and seed; and files that are not whole, in words."""
+    """Results by mixer, condition and seed, no two conditions with the same name; and broken files, in words."""
     found: dict[str, dict[str, dict[int, Stored]]] = {}
     problems = []
     for mixer in comparison.mixers:
         for run in comparison.select(mixer, schedule):
             try:
                 results = Results(run.folder)
-                for name in results.names():
-                    found.setdefault(mixer, {}).setdefault(name, {})[run.seed] = results.load(name)
+                for stored in map(results.load, results.names()):
+                    found.setdefault(mixer, {}).setdefault(_condition(stored.identity), {})[run.seed] = stored
             except (DataError, OSError, ValueError, TypeError, KeyError) as error:
                 problems.append(f"{mixer}, seed {run.seed}: {FILE} cannot be read ({error})")
+    labels = _labels([stored for of in found.values() for seeds in of.values() for stored in seeds.values()])
+    for of in found.values():
+        for condition, seeds in of.items():
+            of[condition] = {seed: replace(stored, name=labels[condition]) for seed, stored in seeds.items()}
     return found, problems
+
+
+def _condition(identity: Mapping[str, Any]) -> str:
+    """What was asked, whichever model was: the same in every run that was asked the same."""
+    return json.dumps({key: value for key, value in identity.items() if key not in MODEL}, sort_keys=True)
+
+
+def _labels(results: Sequence[Stored]) -> dict[str, str]:
+    """A name per condition: the results' own; where others ask the same of the task, what is different about it."""
+    first = {_condition(stored.identity): stored for stored in reversed(results)}
+    labels = {}
+    for condition, stored in first.items():
+        stem = result_name(stored.identity)
+        others = [other.identity for other in first.values() if result_name(other.identity) == stem]
+        keys = [key for key in stored.identity if key not in MODEL and len({_text(o.get(key)) for o in others}) > 1]
+        differing = ", ".join(f"{key.replace('_', ' ')} {_text(stored.identity[key])[:12]}" for key in keys)
+        labels[condition] = f"{stem} ({differing})" if differing else stored.name
+    return labels
+
+
+def _text(value: Any) -> str:
+    return ", ".join(f"{key} {str(one)[:12]}" for key, one in value.items()) if isinstance(value, dict) else str(value)
+
+
+def _first(seeds: Seeds) -> Stored:
+    return next(iter(seeds.values()))
 
 
 def _whole(stored: Stored) -> dict[str, Metric]:
     return {metric.name: metric for metric in stored.scores.metrics if not metric.group}
 
 
-def _scores(name: str, of: Mapping[str, Seeds], baseline: str) -> Html:
+def _scores(of: Mapping[str, Seeds], baseline: str) -> Html:
     """A row per mixer: every metric of the whole task, and its difference to the baseline."""
     metrics = _metrics(of)
     against = baseline in of and len(of) > 1
-    header: list[str | Cell] = ["mixer", "seeds", *([Cell("verdict", "words")] if against else [])]
+    seeds = {len(each) for each in of.values()}
+    header: list[str | Cell] = ["mixer", *(["seeds"] if len(seeds) > 1 else [])]
     for metric in metrics:
         header += [SHORT.get(metric.name, metric.name), *([f"against {baseline}"] if against else [])]
     rows = [_row(mixer, of, baseline if against else "", metrics) for mixer in of]
+    if len(seeds) > 1:
+        rows = [[row[0], str(len(each)), *row[1:]] for row, each in zip(rows, of.values(), strict=True)]
     items = sorted(
         {metric.num_items for seeds in of.values() for one in seeds.values() for metric in _whole(one).values()}
     )
     chance = next((metric.chance for metric in metrics if metric.chance is not None), None)
-    facts = [
-        f"{' or '.join(f'{count:,}' for count in items)} items",
-        f"chance {chance:.4g}" if chance is not None else "",
-    ]
-    return table(header, rows, f"{name}: {', '.join(filter(None, facts))}; in brackets 95 % intervals")
+    one = _first(next(iter(of.values())))
+    sizes = [*(f"{count:,}" for count in items[:-1]), *(counted(count, noun(one)) for count in items[-1:])]
+    facts = [" or ".join(sizes) or "no metric of the whole", *([f"chance {chance:.4g}"] if chance is not None else [])]
+    facts += [counted(*seeds, "seed")] if len(seeds) == 1 else []  # no column of equal numbers on a narrow screen
+    return table(header, rows, f"{_title(one)}: {', '.join(facts)}; in brackets 95 % intervals")
+
+
+def _title(stored: Stored) -> str:
+    """A table's name; a trial's says that it is none of the whole."""
+    return f"trial: {stored.name}" if is_trial(stored) else stored.name
 
 
 def _metrics(of: Mapping[str, Seeds]) -> list[Metric]:
-    """The whole task's metrics, of the first run that has them."""
+    """The whole task's metrics, of the first run that has them; what compares over tokenizers comes first."""
     known: dict[str, Metric] = {}
     for seeds in of.values():
         for stored in seeds.values():
             known = _whole(stored) | known
-    return list(known.values())
+    return sorted(known.values(), key=lambda metric: metric.name != "bits_per_byte")
 
 
 def _row(mixer: str, of: Mapping[str, Seeds], baseline: str, metrics: Sequence[Metric]) -> list[str | Cell]:
-    cells: list[str | Cell] = [mixer, str(len(of[mixer]))]
+    cells: list[str | Cell] = [mixer]
     differences = _differences((mixer, of[mixer]), (baseline, of[baseline]), metrics) if baseline else []
-    if baseline:
-        cells.append(Cell(_verdict([one.verdict for one in differences if mixer != baseline]), "words"))
     for index, metric in enumerate(metrics):
         cells.append(_value(of[mixer], metric))
         if baseline and mixer == baseline:
             cells.append("baseline")
         elif baseline:
-            one = differences[index]
-            cells.append(_estimate(one.value, one.low, one.high, metric.unit, "+"))
+            cells.append(_against(differences[index], metric.unit))
     return cells
 
 
@@ -186,18 +233,19 @@ def _over_seeds(pairs: Sequence[tuple[Stored, Stored]], metric: Metric) -> _Diff
     return _Difference(found.mean, found.low, found.high, "better" if better else "worse")
 
 
-def _verdict(verdicts: Sequence[str]) -> Html:
-    """One word if all metrics agree, else each in turn."""
-    words = []
-    for verdict in dict.fromkeys(verdicts):
-        kind = verdict if verdict in ("better", "worse") else None
-        words.append(element("span", SYMBOLS.get(verdict, verdict), class_=kind))
-    return join(words, "; ")
+def _against(one: _Difference, unit: str) -> str | Cell:
+    """A difference, its interval, and what it shows."""
+    kind = one.verdict if one.verdict in ("better", "worse") else None
+    wraps = "white-space: normal"  # where the table would not fit otherwise
+    verdict = element("div", SYMBOLS.get(one.verdict, one.verdict), class_=kind, style=wraps)
+    if one.value is None:
+        return Cell(verdict, "words")
+    return join([_estimate(one.value, one.low, one.high, unit, "+"), verdict], "")
 
 
-def _groups(name: str, of: Mapping[str, Seeds]) -> Html:
+def _groups(of: Mapping[str, Seeds]) -> Html:
     """A row per mixer, a column per domain or subject: the perplexity, or the task's first metric; means over seeds."""
-    first = next(iter(next(iter(of.values())).values()))
+    first = _first(next(iter(of.values())))
     groups = list(dict.fromkeys(metric.group for metric in first.scores.metrics if metric.group))
     if not 1 < len(groups) <= MOST_GROUPS:
         return Html("")
@@ -215,13 +263,5 @@ def _groups(name: str, of: Mapping[str, Seeds]) -> Html:
             values = [one.value for one in own if one.value is not None]
             cells.append(number(sum(values) / len(values), own[0].unit) if len(values) == len(seeds) else "–")
         rows.append(cells)
-    return table(("mixer", *groups), rows, f"{name}: {metric} by {'domain' if is_perplexity(first) else 'subject'}")
-
-
-def _remarks(found: Mapping[str, Mapping[str, Seeds]], name: str) -> list[str]:
-    """What has to be known to read the results, of every mixer's first seed."""
-    lines = []
-    for mixer, results in found.items():
-        if name in results:
-            lines += remarks(next(iter(results[name].values())), mixer)
-    return lines
+    by = "domain" if is_perplexity(first) else "subject"
+    return table(("mixer", *groups), rows, f"{_title(first)}: {metric} by {by}")

@@ -147,8 +147,9 @@ def bare_name(setting: Any) -> str:
 def without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
     """Settings with names instead of paths, for what others will read."""
     told = dict(config)
-    for name in told.keys() & {*PATHS}:
-        if told[name] is not None:
+    for name, value in config.items():
+        is_path = isinstance(value, str) and value.startswith(("/", "~"))
+        if value is not None and (name in PATHS or is_path):
             told[name] = corpus_name(told[name]) if name == "corpus" else bare_name(told[name])
     return told
 

@@ -42,10 +42,19 @@ def check_push(repo: str | None, *, private: bool = False) -> None:
             f"push={repo}: must come with a token that may write; HF_TOKEN is not set; set it to one of yours (on the "
             f"hub: Settings, Access Tokens), or leave --push out"
         )
-    require_hub("push", repo, "leave --push out, and push the folder from where there is a network")
+    remedy = "leave --push out, and push the folder from where there is a network"
+    require_hub("push", repo, remedy, may_be_path=False)
 
 
-def push_folder(folder: str | Path, repo: str, names: Iterable[str], *, message: str, private: bool = False) -> str:
+def push_folder(
+    folder: str | Path,
+    repo: str,
+    names: Iterable[str],
+    *,
+    message: str,
+    private: bool = False,
+    original: str | Path | None = None,
+) -> str:
     """Upload the files `names` of a folder as one commit, into a repository that is made if it is not there.
 
     Args:
@@ -54,6 +63,7 @@ def push_folder(folder: str | Path, repo: str, names: Iterable[str], *, message:
         names: files that belong to it; others stay here.
         message: of the commit.
         private: the repository must be visible to its owner alone.
+        original: what `folder` is a passing copy of, for messages; None if it is none.
 
     Returns:
         URL of the commit.
@@ -66,12 +76,12 @@ def push_folder(folder: str | Path, repo: str, names: Iterable[str], *, message:
 
     endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
     api = HfApi(endpoint=endpoint, token=os.environ["HF_TOKEN"])
-    with _refusals(repo, folder, "was not made"):
+    with _refusals(repo, original or folder, "was not made"):
         api.create_repo(repo, private=private or None, exist_ok=True)
         public = private and not api.repo_info(repo).private
     if public:
         raise ConfigError(f"private=True: must be a private repository; {repo} is there and public; name another one")
-    with _refusals(repo, folder, "has no new commit"):
+    with _refusals(repo, original or folder, "has no new commit"):
         commit: Any = api.upload_folder(
             repo_id=repo, folder_path=folder, allow_patterns=sorted(names), commit_message=message
         )

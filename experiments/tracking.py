@@ -1,7 +1,9 @@
 """`--track`: the lines of a run's logs, shown by TensorBoard, Weights & Biases, Trackio or MLflow as well.
 
 The trackers are Accelerate's; only what they are started with is ours. They are told of every line that `RunFolder`
-appends, so the run's own files stay the record: a tracker that fails is left, and the run goes on.
+appends, so the run's own files stay the record: a tracker that fails is left, and the run goes on. A kill loses what
+services other than TensorBoard have queued: where one was not ended well, who goes on opens another run there, which
+shows all that the logs hold.
 
 ===================  ==================================================================================================
 key                  value, at every optimiser step (`eval/…`: at every evaluation on the test split)
@@ -38,16 +40,17 @@ from uuid import uuid4
 
 import numpy as np
 
-from acodm_env.errors import ConfigError, unknown
+from acodm_env.errors import ConfigError, DataError, unknown
 from acodm_env.experiments.console import note
 from acodm_env.experiments.results import mean_perplexity
-from acodm_env.experiments.run_folder import LOGS, RunFolder
+from acodm_env.experiments.run_folder import LOGS, RunFolder, recorded_config
 from acodm_env.files import read_json, write_json
 
 SERVICES = ("tensorboard", "wandb", "trackio", "mlflow")
 """Names of trackers, each that of its package and of our extra too."""
 FILE = "tracking.json"
-"""In the run's folder: its id and name with the services, a digest of the settings, and the services that know it."""
+"""In the run's folder: its id and name, a digest of the settings, and, by service, what that calls it (`services`), how
+many runs were opened there (`opened`), and, only where the last was ended well, the last step by log (`ended`)."""
 _BY_DOMAIN = {"realised": "mixture", "requested": "requested", "losses": "loss"}
 _TARGET = ("loss", "lr", "grad_norm", "tokens")
 _SHARED = (
@@ -119,50 +122,79 @@ class Tracking:
         self._trackers: dict[str, Any] = {}
         self._environment: list[str] = []
         digest = sha256(json.dumps(folder.config, sort_keys=True).encode()).hexdigest()
-        record = read_json(folder.path / FILE) if names and (folder.path / FILE).exists() else {}
+        record = _recorded(folder.path / FILE) if names else {}
         if record.get("settings_sha256") != digest:  # none yet; or the run was adapted, and is another to the services
             id = uuid4().hex[:8]
             name = f"{folder.path.resolve().name}-{id}"
-            record = {"id": id, "name": name, "settings_sha256": digest, "services": {}}
+            record = {"id": id, "name": name, "settings_sha256": digest, "services": {}, "opened": {}, "ended": {}}
         self._record = record
-        self._told = {*names} & {*record["services"]} - {"tensorboard"}
-        """Services that know a part of the run already, and cannot forget it."""
-        self._last = {log: max((line["step"] for line in folder.lines(log)), default=-1) for log in LOGS if self._told}
-        """Step that they were told of last, by log."""
+        self._known = {name: {**record["ended"].get(name, {})} for name in names}
+        """Last step, by log, that a service has received for certain, and cannot forget."""
+        self._told = {name: {**known} for name, known in self._known.items()}  # the same, and what it may yet lose
 
     def rewound(self, step: int) -> None:
-        """Start the services for a run that goes on from `step`."""
+        """Start the services for a run that goes on from `step`, and tell them what they lack of the lines before."""
         for name in self.names:
             with self._left_if_it_fails(name), redirect_stdout(sys.stderr):  # trackio prints
-                tracker = self._tracker(name, step)
+                goes_on = name in self._record["services" if name == "tensorboard" else "ended"]
+                if not goes_on:
+                    self._count(name)
+                tracker = self._tracker(name, step, goes_on)
                 tracker.start()
                 self._trackers[name] = tracker
-                if name not in self._record["services"]:
+                if not goes_on:
                     tracker.store_init_configuration(_settings(self.folder.config))
-                    theirs = tracker.tracker.info.run_id if name == "mlflow" else self._record["name"]
+                    theirs = tracker.tracker.info.run_id if name == "mlflow" else self._named("name", name)
                     self._record["services"][name] = theirs
-                    write_json(self.folder.path / FILE, self._record)
+                self._record["ended"].pop(name, None)  # until it is again
+                write_json(self.folder.path / FILE, self._record)
+                if name != "tensorboard":  # whose files have every line as soon as it is told
+                    self._tell_what_is_kept(name)
 
     def appended(self, log: str, record: Mapping[str, Any]) -> None:
         """Pass a line on, but not to those that know it from before an interruption."""
-        if not self._trackers:
+        for name in [*self._trackers]:
+            with self._left_if_it_fails(name):
+                self._tell(name, log, record)
+
+    def _tell_what_is_kept(self, name: str) -> None:
+        """Lines of the logs in the order in which they were written, less what the service knows."""
+        if recorded_config(self.folder.path).get("domains") != self.folder.config.get("domains"):
+            return  # the run is being adapted, and these lines put away
+        kept = [(log, record) for log in LOGS for record in self.folder.lines(log)]
+        for log, record in sorted(kept, key=lambda line: line[1]["step"]):  # of one step, an evaluation is the last
+            self._tell(name, log, record)
+
+    def _tell(self, name: str, log: str, record: Mapping[str, Any]) -> None:
+        step, tracker = int(record["step"]), self._trackers[name]
+        if step <= self._known[name].get(log, -1):
             return
-        step = int(record["step"])
         domains = self.folder.config["domains"]
         values = evaluation_values(record) if log == "eval.jsonl" else step_values(record, domains)
-        for name, tracker in [*self._trackers.items()]:
-            if name in self._told and step <= self._last[log]:
-                continue
-            with self._left_if_it_fails(name):
-                # an evaluation made by who goes on may be of a step that wandb, whose rows are steps, has closed
-                row = max(step, tracker.tracker.step) if name == "wandb" else step
-                tracker.log(values, step=row)
+        # an evaluation made by who goes on may be of a step that wandb, whose rows are steps, has closed
+        tracker.log(values, step=max(step, tracker.tracker.step) if name == "wandb" else step)
+        self._told[name][log] = step
+
+    def _count(self, name: str) -> None:
+        """One more run at that service."""
+        before = self._record["opened"].get(name, int(name in self._record["services"]))
+        self._record["opened"][name] = before + 1
+        if before:
+            note(f"{name} was not ended well and may lack steps: all are shown again, as {self._named('name', name)}")
+
+    def _named(self, key: str, name: str) -> str:
+        """The run's "id" or "name" with a service; from the second that was opened there on, with its number."""
+        number = self._record["opened"].get(name, 1)
+        return f"{self._record[key]}-{number}" if number > 1 else str(self._record[key])
 
     def finish(self) -> None:
         """End the services' work."""
         for name in [*self._trackers]:
             with self._left_if_it_fails(name), redirect_stdout(sys.stderr):
                 _finish(name, self._trackers.pop(name))
+                if name != "tensorboard":
+                    self._record["ended"][name] = self._told[name]
+                    write_json(self.folder.path / FILE, self._record)
         for variable in self._environment:
             os.environ.pop(variable, None)
         self._environment = []
@@ -179,7 +211,7 @@ class Tracking:
             reason = (str(error).splitlines() or [""])[0]
             note(f"tracking by {name} ends: {type(error).__name__}: {reason}; the run and its own logs go on")
 
-    def _tracker(self, name: str, step: int) -> Any:
+    def _tracker(self, name: str, step: int, goes_on: bool) -> Any:
         """Accelerate's tracker, told where it writes and what it goes on with."""
         from accelerate.state import PartialState
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
@@ -189,19 +221,18 @@ class Tracking:
         project = os.environ.get(f"{name.upper()}_PROJECT", "acodm")
         if name == "tensorboard":
             purge = step + 1 if (path / name).exists() else None  # what was shown of later steps is withdrawn
-            return kind(
-                "", path / name, purge_step=purge, max_queue=1000
-            )  # with the default, 10, it takes twice as long
+            return kind("", path / name, purge_step=purge, max_queue=1000)  # by default, 10, it takes twice as long
         if name == "trackio":
-            return kind(project, name=self._record["name"], resume="allow")
+            return kind(project, name=self._named("name", name), resume="allow")
         if name == "wandb":
-            which = {"id": self._record["id"], "name": self._record["name"], "resume": "allow"}
+            which = {"id": self._named("id", name), "name": self._named("name", name), "resume": "allow"}
             return kind(project, **which, dir=str(path), **self._wandb_mode())
         if "MLFLOW_TRACKING_URI" not in os.environ:
             self._default("MLFLOW_TRACKING_URI", (path / name).as_uri())
             self._default("MLFLOW_ALLOW_FILE_STORE", "true")  # a data base costs ten times as much a step
             self._default("MLFLOW_DISABLE_TELEMETRY", "true")
-        return kind(project, run_name=self._record["name"], run_id=self._record["services"].get(name))
+        run_id = self._record["services"][name] if goes_on else None
+        return kind(project, run_name=self._named("name", name), run_id=run_id)
 
     def _wandb_mode(self) -> dict[str, Any]:
         """Offline where no key is configured, so that nothing is ever asked."""
@@ -219,6 +250,21 @@ class Tracking:
         if variable not in os.environ:
             os.environ[variable] = value
             self._environment.append(variable)
+
+
+def _recorded(file: Path) -> dict[str, Any]:
+    """What is in `FILE`; nothing, and a note, if it was cut short or edited: the run goes on without."""
+    if not file.exists():
+        return {}
+    with suppress(DataError, OSError, TypeError, AttributeError, KeyError):
+        record: dict[str, Any] = {"opened": {}, "ended": {}} | read_json(file)
+        texts = (record["id"], record["name"], *record["services"].values())
+        numbers = [*record["opened"].values(), *(step for log in record["ended"].values() for step in log.values())]
+        whole = all(isinstance(text, str) for text in texts) and all(isinstance(number, int) for number in numbers)
+        if whole and record["ended"].keys() <= record["services"].keys():
+            return record
+    note(f"{file}: is no record of trackers; they are told of the run as of a new one")
+    return {}
 
 
 def _finish(name: str, tracker: Any) -> None:

@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from acodm_env.corpus.tokenizer import end_of_document, load_tokenizer
 from acodm_env.errors import ConfigError
 from acodm_env.evaluation.chance import accuracy
 from acodm_env.evaluation.scores import Metric, TaskScores
@@ -61,6 +63,30 @@ def choice_scores(marks: Sequence[float], task: str = "mmlu", name: str = "acc",
 
 
 @dataclass
+class FakeNetwork:
+    """What is looked up in a model without running it; its own configuration, too."""
+
+    max_position_embeddings: int = 32
+    vocab_size: int = 300
+    hidden_size: int = 8
+
+    @property
+    def config(self) -> "FakeNetwork":
+        return self
+
+    def get_text_config(self) -> "FakeNetwork":
+        return self
+
+    def forward(self, input_ids: Any) -> Any:
+        raise AssertionError("a forward pass")
+
+
+@dataclass
+class FakeTokenizer:
+    eos_token_id: int
+
+
+@dataclass
 class FakeModel:
     """What the stand-in of `load_model` gives."""
 
@@ -70,7 +96,9 @@ class FakeModel:
     bf16: bool = False
     tokenizer_sha256: str = "t" * 64
     num_parameters: int = 7
-    device: str = "cpu"
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    model: FakeNetwork = field(default_factory=FakeNetwork)
+    tokenizer: FakeTokenizer = field(default_factory=lambda: FakeTokenizer(0))
 
 
 @dataclass
@@ -82,19 +110,29 @@ class Measuring:
     """Share of right answers, by name of the model's folder."""
     fail_on: str = ""
     """Task at which the evaluation is interrupted."""
+    reencoded: bool = False
+    """What the perplexity says of the texts."""
 
     def load_model(self, path: Path, *, device: str, precision: str, context: int | None) -> FakeModel:
         self.calls.append(f"load {path.parent.name}")
         if context is not None and context > 32:
             raise ConfigError(f"context={context}: must be at most 32")
-        return FakeModel(path=Path(path), sha256=sha256(path / "model.safetensors"), context=context or 32)
+        tokenizer = FakeTokenizer(end_of_document(load_tokenizer(str(path))))
+        return FakeModel(
+            path=Path(path),
+            sha256=sha256(path / "model.safetensors"),
+            context=context or 32,
+            bf16=precision == "bf16",
+            tokenizer=tokenizer,
+        )
 
     def score_perplexity(self, loaded: FakeModel, store: Any, *, on_tokens: Any, **settings: Any) -> TaskScores:
         self.calls.append(f"perplexity {loaded.path.parent.name}")
         on_tokens(10)
         count = settings["limit"] or 25
         loss = 3.0 + 0.1 * len(loaded.path.parent.name)
-        return text_scores({domain: [loss + 0.01 * i for i in range(count)] for domain in store.domains})
+        scores = text_scores({domain: [loss + 0.01 * i for i in range(count)] for domain in store.domains})
+        return replace(scores, facts=scores.facts | {"reencoded": self.reencoded})
 
     def check_tasks(self, names: Sequence[str], data: Path | None, *, allow_code_execution: bool, **_: Any) -> None:
         self.calls.append(f"check {','.join(names)}")

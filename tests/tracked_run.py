@@ -1,5 +1,8 @@
 """A toy run that is tracked, killed, stopped and resumed, and what a service must show of it."""
 
+import os
+import signal
+
 import numpy as np
 import pytest
 
@@ -15,7 +18,7 @@ DOMAINS = ["domain0", "domain1", "web (en)"]
 
 
 class Crash(Exception):
-    """A kill, as far as a run can tell."""
+    """What ends a run, though not its process."""
 
 
 def run(path, track, *, stop=lambda: False, adapt=False, **changes):
@@ -45,7 +48,7 @@ def stopped(path, track, step, **changes):
 
 
 def killed(path, track, step, **changes):
-    """A kill after `step` steps: the run goes on from the checkpoint before, every third step."""
+    """An error after `step` steps: services end well; the run goes on from the checkpoint before, every third step."""
 
     def stop():
         if lines_of(path) >= step:
@@ -53,6 +56,17 @@ def killed(path, track, step, **changes):
 
     with pytest.raises(Crash):
         run(path, track, stop=stop, **changes)
+
+
+def sigkilled(path, track, step):
+    """SIGKILL after `step` steps, of this process: whatever a service has not received by then is lost."""
+
+    def stop():
+        if lines_of(path) >= step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return False
+
+    run(path, track, stop=stop)
 
 
 def expected(folder):

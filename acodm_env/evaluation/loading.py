@@ -23,6 +23,7 @@ from acodm_env.pretrain.config import PRECISIONS, resolve_device
 UNBOUNDED_CONTEXT = 2048
 """Context of an architecture that has no longest one, in tokens."""
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_PLAIN_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 _CONTEXTS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 
@@ -156,8 +157,8 @@ def _context(folder: Path, config: Any, wanted: int | None) -> int:
     lengths = [getattr(config, name) for name in _CONTEXTS if isinstance(getattr(config, name, None), int)]
     if lengths and lengths[0] < 1:
         raise DataError(
-            f"{folder / 'config.json'}: must give the model's context; it says {lengths[0]} tokens; it was edited: copy "
-            f"the model again"
+            f"{folder / 'config.json'}: must give the model's context; it says {lengths[0]} tokens; it was edited: "
+            f"copy the model again"
         )
     if wanted is None:
         return int(lengths[0]) if lengths else UNBOUNDED_CONTEXT
@@ -184,7 +185,8 @@ def _tokenizer(folder: Path) -> tuple[Any, int]:
     try:
         with _quiet():
             if (folder / "tokenizer_config.json").is_file():
-                tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+                kind = PreTrainedTokenizerFast if _is_plain(folder) else AutoTokenizer
+                tokenizer = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             else:  # the architecture's own class would add its special tokens to a tokenizer that has none of them
                 tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
@@ -195,6 +197,15 @@ def _tokenizer(folder: Path) -> tuple[Any, int]:
     if tokenizer.eos_token_id is None:
         tokenizer.eos_token = plain.id_to_token(end_of_document(plain))
     return tokenizer, max(tokenizer.get_vocab().values())
+
+
+def _is_plain(folder: Path) -> bool:
+    """Whether tokenizer_config.json names the class that takes tokenizer.json as it is.
+
+    `AutoTokenizer` does not believe this of some architectures (Qwen2, Phi-3) and builds their own tokenizer from the
+    vocabulary: other ids than those that the model was trained on.
+    """
+    return json.loads((folder / "tokenizer_config.json").read_text()).get("tokenizer_class") in _PLAIN_TOKENIZERS
 
 
 def _model(folder: Path, config: Any) -> Any:

@@ -14,7 +14,6 @@ import json
 import math
 import os
 import selectors
-import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +26,8 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
-from acodm_env.errors import ConfigError
+from acodm_env.errors import AcodmError, ConfigError
+from acodm_env.evaluation import sandbox_folder
 
 LAYERS = (
     "own_users",
@@ -86,11 +86,15 @@ class Outcome:
     """"passed", "AssertionError: …", "timed out after 3 s", "out of memory", "forbidden: open /etc/x", …"""
 
 
-class SandboxError(RuntimeError):
+class SandboxError(AcodmError):
     """The sandbox could not be set up as this system allows; the program was not run."""
 
     def __init__(self, layer: str, message: str):
-        super().__init__(f"the sandbox could not be set up: {layer}: {message}")
+        super().__init__(
+            f"the sandbox could not be set up: {layer}: {_line(message)}; the system refuses what a program's "
+            "process needs, as it does when memory, processes or room for temporary files run out; end other jobs, set "
+            "TMPDIR to a folder with room, or leave humaneval out"
+        )
         self.layer = layer
 
 
@@ -186,7 +190,10 @@ def execute(
     Raises:
         SandboxError: a required layer was not to be had, or one failed after its beginning.
     """
-    folder = Path(tempfile.mkdtemp(prefix="acodm-program-")).resolve()
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="acodm-program-")).resolve()
+    except OSError as error:
+        raise SandboxError("temporary folder", str(error)) from error
     request = {
         "program": program,
         "folder": str(folder),
@@ -197,8 +204,8 @@ def execute(
     }
     try:
         answer = _supervised(json.dumps(request).encode() + b"\n", folder, limits.seconds + 2 * _SETUP_SECONDS)
-    finally:
-        _remove(folder)
+    finally:  # the supervisor has done so already, unless the program ended it
+        sandbox_folder.remove(folder)
     return _judged(answer, limits)
 
 
@@ -265,18 +272,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.stdout.close()
 
 
-def _remove(folder: Path) -> None:
-    try:
-        shutil.rmtree(folder)
-    except OSError:  # a program may have locked its own folders
-        for parent, names, _ in os.walk(folder):
-            Path(parent).chmod(0o700)
-            for name in names:
-                if not (path := Path(parent, name)).is_symlink():
-                    path.chmod(0o700)
-        shutil.rmtree(folder)
-
-
 def _judged(answer: dict[str, object], limits: Limits) -> tuple[Outcome, frozenset[str]]:
     """What the supervisor saw, in words. Only the secret of the report's first line, said again, is a pass."""
     report, status = str(answer["report"]), answer["status"]
@@ -285,17 +280,23 @@ def _judged(answer: dict[str, object], limits: Limits) -> tuple[Outcome, frozens
         layer, _, message = first[1:].partition(" ")
         raise SandboxError(layer or "supervisor", message or "the program's process ended before it began")
     secret, _, layers = first.partition(" ")
+    said = _line(rest)
     timed_out = f"timed out after {limits.seconds:g} s"
     passed = rest == secret + "\n"
     if passed:
         reason = "passed"
     elif answer["timed_out"] or status == -signal.SIGXCPU:
         reason = timed_out
-    elif rest.strip() not in ("", "passed"):
-        reason = rest.strip()[:300]
+    elif said not in ("", "passed"):
+        reason = said
     elif isinstance(status, int) and status < 0:
         names = {number.value: number.name for number in signal.Signals}
         reason = f"killed by {names.get(-status, f'signal {-status}')}"
     else:
         reason = "exited before the tests were over"
     return Outcome(passed=passed, reason=reason), frozenset(layers.split())
+
+
+def _line(text: str) -> str:
+    """The first line that says anything."""
+    return "".join(text.strip().splitlines()[:1]).strip()[:300]

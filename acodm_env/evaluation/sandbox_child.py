@@ -3,7 +3,8 @@
 The supervisor reads one request from its standard input, takes the namespaces, forks and waits; its answer goes to
 its standard output. Its child is the first process of the program's process namespace, where there is one: when it
 ends, the system ends all others. Without one, the supervisor adopts orphans and ends its descendants until none is
-left. The program's process gives up its user, its rights and its limits, and then runs the program.
+left. When all have ended it removes the program's folder: it is there to do so even if the evaluation has been
+killed. The program's process gives up its user, its rights and its limits, and then runs the program.
 """
 
 import json
@@ -15,9 +16,10 @@ import signal
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Never
 
-from acodm_env.evaluation import sandbox_guard, sandbox_linux
+from acodm_env.evaluation import sandbox_folder, sandbox_guard, sandbox_linux
 
 LINUX = sys.platform == "linux"
 _SETUP_SECONDS = 60.0
@@ -37,9 +39,9 @@ def main() -> None:
         request["taken"] = _take(request["layers"])
         child = os.fork()
     except sandbox_linux.RefusedError as error:
-        _answer(_failure(error.layer, error), 1, timed_out=False)
+        _answer(request, _failure(error.layer, error), 1, timed_out=False)
     except OSError as error:
-        _answer(_failure("supervisor", error), 1, timed_out=False)
+        _answer(request, _failure("supervisor", error), 1, timed_out=False)
     if child == 0:
         signal.set_wakeup_fd(-1)
         for descriptor in (incoming, opened, wake, woken):
@@ -47,7 +49,8 @@ def main() -> None:
         _first(request, report, gate)
     os.close(report)
     os.close(gate)
-    _answer(*_watch(child, incoming, opened, wake, request))
+    told, status, timed_out = _watch(child, incoming, opened, wake, request)
+    _answer(request, told, status, timed_out=timed_out)
 
 
 def _read_request() -> dict[str, Any]:
@@ -86,7 +89,8 @@ def _watch(child: int, incoming: int, gate: int, wake: int, request: dict[str, A
             if not part:
                 sources.remove(incoming)
             if not begun and b"\n" in told:  # the program begins now: setting up is not its time
-                os.write(1, b"+")  # should the supervisor be killed from now on, then by what the program did
+                with suppress(BrokenPipeError):  # the caller is gone, which the next round sees
+                    os.write(1, b"+")  # should the supervisor be killed from now on, then by what the program did
                 deadline, begun = time.monotonic() + request["limits"]["seconds"], True
                 with suppress(BrokenPipeError):
                     os.write(gate, b"x")
@@ -121,9 +125,11 @@ def _sweep(leader: int, taken: list[str]) -> None:
             sandbox_linux.end_descendants()
 
 
-def _answer(told: bytes, status: int, timed_out: bool) -> Never:
+def _answer(request: dict[str, Any], told: bytes, status: int, *, timed_out: bool) -> Never:
+    sandbox_folder.remove(Path(request["folder"]))
     answer = {"report": told.decode(errors="replace"), "status": status, "timed_out": timed_out}
-    os.write(1, json.dumps(answer).encode())
+    with suppress(BrokenPipeError):
+        os.write(1, json.dumps(answer).encode())
     os._exit(0)
 
 

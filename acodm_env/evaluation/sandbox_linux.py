@@ -122,6 +122,7 @@ def hide_files(folder: str, size_bytes: int, owner: int, *, new_processes: bool)
     """
     libc = _libc()
     try:
+        _check(libc.unshare(NAMESPACES["own_file_system"]))  # the supervisor's stays writable: it clears up
         _change_mounts(0, _MS_PRIVATE)  # first of all: what is mounted here must not appear elsewhere
         options = f"size={size_bytes},nr_inodes={_INODES},mode=700,uid={owner},gid={owner if owner == NOBODY else -1}"
         options = options.removesuffix(",gid=-1")

@@ -1,10 +1,13 @@
 """The command: what it measures, what it does not do again, what it refuses first, and what it says."""
 
+import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from fake_evaluation import Measuring
+from tqdm import tqdm
 
 from acodm_env.experiments import cli
 from acodm_env.files import read_json, write_json
@@ -40,6 +43,7 @@ def runs(tiny_store, tmp_path):
         write_json(tmp_path / name / "config.json", {"config": config, "versions": {}})
         write_json(tmp_path / name / "model" / "config.json", {"model_type": "gpt_neox"})
         (tmp_path / name / "model" / "model.safetensors").write_text(name)
+        shutil.copy(tiny_store.path / "tokenizer.json", tmp_path / name / "model")
     return tmp_path
 
 
@@ -125,7 +129,72 @@ def test_out_takes_the_results_of_one_model(measuring, runs, tiny_corpus):
 
 def test_a_trial_is_named_one(measuring, runs, capsys):
     assert acodm("evaluate", runs / "a", "--limit", "3", "--quiet") == 0
-    assert "perplexity-limit3: a trial on the first 3 items" in capsys.readouterr().out
+    assert "perplexity-limit3: a trial on the first 3 documents of each domain" in capsys.readouterr().out
+    assert acodm("evaluate", runs / "a", "--limit", "1", "--tasks", "mmlu,perplexity", "--quiet") == 0
+    out = capsys.readouterr().out
+    assert "mmlu-limit1: a trial on the first item of each part" in out
+    assert "perplexity-limit1: a trial on the first document of each domain" in out
+
+
+def test_what_is_not_usual_is_in_the_name(measuring, runs, tiny_store, tiny_corpus):
+    asked = [
+        [],
+        ["--context", "32", "--stride", "16"],  # as usual
+        ["--context", "16"],
+        ["--context", "16", "--stride", "16"],
+        ["--precision", "bf16"],
+        ["--domains", "verbs"],
+        ["--corpus", tiny_corpus],  # its own
+    ]
+    for flags in asked:
+        assert acodm("evaluate", runs / "a", "--quiet", *flags) == 0
+    part = tiny_store.subset(["verbs"]).fingerprint[:8]
+    names = ["context16", "context16-stride16", "bf16", f"corpus-{part}"]
+    assert list(results(runs / "a")["tasks"]) == ["perplexity", *(f"perplexity-{name}" for name in names)]
+    assert acodm("evaluate", runs / "a" / "model", "--corpus", tiny_corpus, "--quiet") == 0
+    named = f"perplexity-corpus-{tiny_store.fingerprint[:8]}"  # a model's folder has no corpus of its own
+    assert list(results(runs / "a" / "model")["tasks"]) == [named]
+
+
+def test_corpus_and_domains_are_told(measuring, runs, tiny_store, capsys):
+    assert acodm("evaluate", runs / "a", "--quiet") == 0
+    domains = tiny_store.domains
+    told = f"the corpus is {tiny_store.fingerprint[:12]}, {len(domains)} domains ({', '.join(domains)})."
+    assert told in capsys.readouterr().out
+    assert acodm("evaluate", runs / "a", "--quiet", "--domains", "verbs") == 0
+    assert ", 1 domain (verbs)." in capsys.readouterr().out
+
+
+def test_shots_are_for_tasks_that_have_them(measuring, runs, capsys):
+    asked = ["evaluate", runs / "a", "--tasks", "mmlu,humaneval", "--allow-code-execution", "--num-fewshot", "5"]
+    assert acodm(*asked) == 0
+    assert "humaneval: without solved examples, as published" in capsys.readouterr().err
+    assert list(results(runs / "a")["tasks"]) == ["mmlu-5-shot", "humaneval"]
+
+
+def test_a_bar_ends_with_its_task(measuring, monkeypatch):
+    from acodm_env.experiments import evaluation_job
+    from acodm_env.experiments.evaluate import EvaluateConfig
+
+    made = []
+
+    class Bar(tqdm):
+        def close(self):
+            self.closed = True
+            super().close()
+
+    def progress(total, label, *, quiet, unit):
+        made.append(Bar(total=total, desc=label, unit=unit, file=io.StringIO()))
+        return made[-1]
+
+    monkeypatch.setattr(evaluation_job, "progress", progress)
+    with evaluation_job._bars(EvaluateConfig(runs=["a"]), "a") as advance:
+        advance("mmlu", 1, 2)
+        assert not hasattr(made[0], "closed")
+        advance("mmlu", 2, 2)
+        advance("arc", 1, 2)
+        assert [hasattr(bar, "closed") for bar in made] == [True, False]
+        assert made[0].n == 2
 
 
 # --- comparing ---------------------------------------------------------------------------------------------
@@ -154,6 +223,7 @@ def test_compare_refuses_unequal_corpora(measuring, runs, tiny_store, capsys):
     error = capsys.readouterr().err
     assert "with corpus_fingerprint=" in error
     assert "evaluate both with the same --corpus" in error
+    assert measuring.calls == ["load a", "load bb"]  # nothing was measured in vain
 
 
 # --- refused before a forward pass -------------------------------------------------------------------------
@@ -164,11 +234,14 @@ REFUSED = [
     (["a", "--tasks", "mmul"], "did you mean 'mmlu'"),
     (["a", "--tasks", ","], "must name at least one"),
     (["a", "--context", "64"], "context=64: must be at most 32"),
-    (["a", "--stride", "33"], "stride=33: must be at most the context, 32 tokens"),
+    (["a", "--stride", "33"], "stride=33: must be between 1 and context=32 tokens"),
     (["a", "--stride", "0"], "stride=0: must be at least 1"),
     (["a", "--limit", "0"], "limit=0: must be at least 1"),
     (["a", "--num-fewshot", "-1"], "num_fewshot=-1: must be 0 or more"),
     (["a", "--batch-size", "many"], "batch_size=many: must be auto"),
+    (["a", "--tasks", "humaneval", "--num-fewshot", "3"], "num_fewshot=3: must be 0 for humaneval"),
+    (["a", "--num-fewshot", "3"], "num_fewshot=3: must be 0 for perplexity"),
+    (["--runs", "a,bb"], "runs=a,bb: must be one folder each; commas do not separate them; acodm evaluate a bb"),
     (["a", "--batch-size", "0"], "batch_size=0: must be auto"),
     (["a", "--compare"], "must have at least two models; there is 1"),
     (["a", "bb", "--out", "x"], "must be for one model, or for a comparison"),
@@ -202,6 +275,27 @@ def test_a_run_without_its_corpus_or_with_another_is_told(measuring, runs, capsy
     assert "name where it is now by --corpus" in capsys.readouterr().err
 
 
+def test_a_run_with_another_tokenizer_is_refused_on_its_own_corpus_alone(
+    measuring, runs, tiny_store, tiny_corpus, tmp_path, capsys
+):
+    file = runs / "a" / "model" / "tokenizer.json"
+    content = read_json(file)
+    vocabulary = content["model"]["vocab"]
+    one, other = list(vocabulary)[5:7]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    write_json(file, content)
+    for flags in ([], ["--corpus", tiny_corpus], ["--domains", "verbs"]):
+        assert acodm("evaluate", runs / "a", "--quiet", *flags) == 2
+        error = capsys.readouterr().err
+        assert "tokenizer.json: must be the tokenizer of the corpus that run" in error
+    assert not [call for call in measuring.calls if not call.startswith("load")]
+    measuring.reencoded = True
+    assert acodm("evaluate", runs / "a", "--quiet", "--corpus", tiny_corpus, "--domains", "verbs") == 0
+    assert "its texts were encoded again with the model's tokenizer" in capsys.readouterr().out
+    assert acodm("evaluate", runs / "a" / "model", "--quiet", "--corpus", tiny_corpus) == 0
+    assert acodm("evaluate", runs / "a", "--tasks", "mmlu", "--quiet") == 0
+
+
 def test_one_evaluation_at_a_time_in_a_folder(measuring, runs, capsys):
     from acodm_env.lock import claimed
 
@@ -213,6 +307,7 @@ def test_one_evaluation_at_a_time_in_a_folder(measuring, runs, capsys):
 def test_help_has_units_and_extras(capsys):
     assert acodm("evaluate", "--help") == 0
     text = " ".join(capsys.readouterr().out.split())
+    assert "acodm evaluate RUN|MODEL-FOLDER [… --compare]" in text
     for part in ("Tokens that the model sees at most", "acodm[eval]", "mmlu_test.jsonl.gz", "Rows per forward pass"):
         assert part in text
 
@@ -249,8 +344,6 @@ def test_perplexity_of_real_runs_and_their_difference(trained, capsys):
 
 
 def test_a_model_that_was_cut_short_is_refused(trained, tmp_path, capsys):
-    import shutil
-
     shutil.copytree(trained / "uniform", tmp_path / "cut")
     file = tmp_path / "cut" / "model" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])

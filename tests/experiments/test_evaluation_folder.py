@@ -7,8 +7,9 @@ from fake_evaluation import choice_scores, text_scores
 
 from acodm_env.errors import ConfigError, DataError
 from acodm_env.evaluation.scores import AT, Metric, TaskScores
-from acodm_env.experiments.evaluation_folder import Results, result_name
+from acodm_env.experiments.evaluation_folder import Results, Stored, result_name
 from acodm_env.experiments.evaluation_subjects import find_subjects
+from acodm_env.experiments.evaluation_table import remarks
 from acodm_env.files import read_json, write_json
 
 
@@ -63,6 +64,54 @@ def test_results_of_other_weights_go(tmp_path):
     assert {row["task"] for row in results.record["results"]} == {"perplexity"}
 
 
+def test_results_of_another_tokenizer_go(tmp_path):
+    results = Results(tmp_path)
+    results.save(choice_scores([1.0]), identity(), {})
+    results.save(text_scores({"web": [1.0]}), identity("perplexity", tokenizer_sha256="other"), {})
+    assert results.names() == ["perplexity"]
+    assert results.record["model"]["tokenizer_sha256"] == "other"
+
+
+def test_names_tell_what_is_not_usual(tmp_path):
+    usual = {"context": 32, "stride": 16, "precision": "fp32", "corpus_fingerprint": "f" * 64}
+    same = identity("perplexity", **usual)
+    assert result_name(same, usual) == "perplexity"
+    assert result_name(identity("perplexity", **usual | {"context": 16, "stride": 8}), usual) == (
+        "perplexity-context16-stride8"
+    )
+    other = same | {"corpus_fingerprint": "71d0dadf" * 8, "precision": "bf16", "limit": 3}
+    assert result_name(other, usual) == "perplexity-corpus-71d0dadf-bf16-limit3"
+    results = Results(tmp_path)
+    assert results.save(text_scores({"web": [1.0]}), other, {}) == "perplexity-limit3"  # by an older version
+    assert results.save(text_scores({"web": [2.0]}), other, {}, usual) == "perplexity-limit3"  # once, not twice
+
+
+def test_remarks_count_in_words():
+    facts = {"num_truncated": 1, "num_items": 1, "prompt_tokens": 1}
+    for name, changes, parts in (
+        ("pass@1", facts, ("1 of 1 prompt is longer than the 1 token that the context leaves beside a completion",)),
+        ("acc", facts | {"prompt_tokens": 32}, ("longer than the context of 32 tokens and lost its beginning",)),
+        ("acc", facts | {"num_truncated": 1200, "num_items": 14042}, ("1,200 of 14,042 prompts are longer than",)),
+    ):
+        scores = choice_scores([1.0], "humaneval", name, **changes)
+        stored = Stored(name="h", identity=identity("humaneval", context=32), scores=scores, whole=True)
+        text = "\n".join(remarks(stored))
+        for part in parts:
+            assert part in text
+    text = "\n".join(
+        remarks(
+            Stored(
+                name="p",
+                identity=identity("perplexity", context=1, stride=1),
+                scores=text_scores({"web": [1.0]}),
+                whole=True,
+            )
+        )
+    )
+    assert "windows of 1 token that" in text
+    assert "the corpus is unknown, 1 domain (web)." in text
+
+
 def test_edited_items_are_not_used(tmp_path):
     Results(tmp_path).save(choice_scores([1.0, 0.0]), identity(), {})
     (tmp_path / "evaluation" / "mmlu.jsonl").write_text("{}\n")
@@ -113,7 +162,14 @@ def test_runs_and_model_folders_and_their_names(tmp_path):
         (lambda path: None, "there is no such folder"),
         (lambda path: path.mkdir(), "it has no config.json: it is empty"),
         (lambda path: write_json(path / "policy.json", {}), "it is a policy; train a model under it"),
-        (lambda path: write_json(path / "plan.json", {}), "it is a benchmark"),
+        (lambda path: write_json(path / "plan.json", {}), "it is a whole benchmark: name its runs"),
+        (lambda path: write_json(path / "corpus.json", {}), "it is a corpus: name the models, and give it by --corpus"),
+        (lambda path: path.write_text(""), "it is a file"),
+        (
+            lambda path: fake_run(path / "odm"),
+            "it is a folder of runs or models: name one in it.*run/odm",
+        ),
+        (lambda path: None, "a run of acodm transfer or cotrain"),
         (lambda path: write_json(path / "model" / "config.json", {}), "give .*run/model"),
         (lambda path: fake_run(path, model=False), "the run has not ended; give its command again"),
         (lambda path: fake_run(path, model=False, objective=[1]), "a benchmark's runs keep none"),
@@ -126,7 +182,7 @@ def test_a_folder_without_a_model_says_why(made, message, tmp_path):
         find_subjects([str(tmp_path / "run")])
 
 
-@pytest.mark.parametrize(("diverged", "message"), [(True, "on-nonfinite skip"), (False, "it was removed")])
+@pytest.mark.parametrize(("diverged", "message"), [(True, "on-nonfinite skip"), (False, "writes it from the last")])
 def test_an_ended_run_without_a_model_says_why(diverged, message, tmp_path):
     write_json(fake_run(tmp_path / "run", model=False) / "result.json", {"diverged": diverged})
     with pytest.raises(ConfigError, match=message):

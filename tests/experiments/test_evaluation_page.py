@@ -52,7 +52,7 @@ def test_two_runs_of_one_seed_compare_over_items(pair):
     text = words(section(pair))
     for part in (
         "Evaluation By acodm evaluate",
-        "perplexity: 75 items",
+        "perplexity: 75 documents, 1 seed;",
         "against uniform",
         "−0.1000 [−0.1000, −0.1000]",
         "◀ better",
@@ -77,13 +77,66 @@ def test_several_seeds_compare_over_seeds(tmp_path):
     assert f"−0.1000 [−{0.1 + half:.4f}, −{0.1 - half:.4f}]" in text
     assert "◀ better" in text
     assert "▶ worse" in text  # mmlu: from 0.6 to chance
+    assert "perplexity: 75 documents, 3 seeds;" in text
+    assert "mixer seeds" not in text
+    (paths[-1] / "evaluation.json").unlink()
+    text = words(section(paths))
+    assert "mixer seeds bits/byte" in text
+    assert "uniform 3" in text
+    assert "odm-released 2" in text
+
+
+def test_results_of_other_conditions_have_a_table_of_their_own_that_says_which(pair):
+    Results(pair[1]).save(texts(-0.1), identity("perplexity", corpus_fingerprint="f" * 64, model_sha256="n"), {})
+    text = words(section(pair))
+    assert "perplexity: 75 documents" in text
+    assert "perplexity (corpus fingerprint ffffffffffff): 75 documents" in text
+    assert "perplexity (corpus fingerprint ffffffffffff): the corpus is ffffffffffff" in text
+    assert "◀ better" not in text
+
+
+def test_results_are_joined_by_what_was_asked_not_by_their_names(tmp_path):
+    paths = [fake_transfer(tmp_path / mixer, mixer) for mixer in ("uniform", "odm-released")]
+    sizes = {8: 0.5, 16: 0.2}
+    for path, shift, order in zip(paths, (0.0, -0.1), ((8, 16), (16, 8)), strict=True):
+        for stride in order:
+            settings = identity("perplexity", stride=stride, model_sha256=path.name, tokenizer_sha256="t")
+            name = Results(path).save(texts(shift + sizes[stride]), settings, {})
+        assert name == "perplexity-2"
+    text = words(section(paths))
+    assert text.count("◀ better") == 6
+    assert text.count("−0.1000 [−0.1000, −0.1000]") == 2
+    assert "perplexity (stride 8): 75 documents" in text
+    assert "perplexity (stride 16): 75 documents" in text
 
 
 def test_unequal_items_are_not_compared_and_the_section_says_why(pair):
-    Results(pair[1]).save(texts(-0.1), identity("perplexity", corpus_fingerprint="f" * 64, model_sha256="n"), {})
-    text = words(section(pair))
-    assert "not of equal items (perplexity with corpus_fingerprint=None as uniform has" in text
-    assert "◀ better" not in text
+    scores = choice_scores([1.0] * 400, max_gen_toks=8)
+    Results(pair[1]).save(scores, identity("mmlu", num_fewshot=0), {})
+    assert "not of equal items (mmlu with max_gen_toks=None as uniform has" in words(section(pair))
+
+
+def test_each_verdict_stands_with_its_metric(tmp_path):
+    paths = [fake_transfer(tmp_path / mixer, mixer) for mixer in ("uniform", "odm-released")]
+    losses = {"uniform": [3.0, 3.0], "odm-released": [2.0, 3.5]}  # lower mean, higher perplexity
+    for path in paths:
+        values = dict(zip(DOMAINS, ([loss] * 25 for loss in losses[path.name]), strict=False))
+        Results(path).save(text_scores(values), identity("perplexity"), {})
+    page = section(paths)
+    heads = re.findall(r"<th scope=\"col\"[^>]*>([^<]*)</th>", page)
+    against = "against uniform"
+    assert heads[:7] == ["mixer", "bits/byte", against, "loss, nats/token", against, "perplexity", against]
+    row = next(row for row in re.findall(r"<tr>.*?</tr>", page) if "odm-released" in row)
+    cells = [words(cell) for cell in re.findall(r"<t[dh].*?</t[dh]>", row)]
+    assert [cell.split()[-1] for cell in cells[2::2]] == ["better", "better", "worse"]
+
+
+def test_a_trial_is_called_one(pair):
+    Results(pair[0]).save(choice_scores([1.0]), identity("mmlu", num_fewshot=0, limit=1), {})
+    page = section(pair)
+    assert "trial: mmlu-limit1: 1 item, chance 0.25" in words(page)
+    assert 'aria-label="trial: mmlu-limit1' in page
+    assert "trial: perplexity" not in page
 
 
 def test_a_file_that_is_not_whole_is_said(pair):

@@ -6,11 +6,14 @@ import shutil
 import pytest
 import torch
 import yaml
+from plugin import tiny
 from tokenizers import Tokenizer
 
 from acodm_env.corpus.tokens import TokenStore
 from acodm_env.errors import ConfigError, DataError
 from acodm_env.experiments import cli, export_model
+from acodm_env.experiments.benchmark import BenchmarkConfig, make_plan
+from acodm_env.experiments.cell import run_cell
 from acodm_env.experiments.export_model import MODEL_FILES, ExportModelConfig, read_trained
 from acodm_env.experiments.model_card import mixture_used
 
@@ -137,6 +140,73 @@ def test_the_card_takes_the_runs_evaluation(run, tmp_path):
     assert "guessing" not in text
 
 
+# --- an architecture whose tokenizer transformers makes itself --------------------------------------------
+
+
+def test_a_tokenizer_that_transformers_replaces_is_told(tiny_corpus, tmp_path, capsys):
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    Qwen2Config(**sizes, num_key_value_heads=2).save_pretrained(tmp_path / "qwen")
+    target = ["--target", tmp_path / "qwen" / "config.json", *SIZES[2:]]
+    arguments = ["--corpus", tiny_corpus, *target, "--mixer", "uniform", "--steps", "1", "--out", tmp_path / "run"]
+    assert acodm("transfer", *arguments) == 0
+    capsys.readouterr()
+    out = tmp_path / "out"
+    export_model.run(ExportModelConfig(run=str(tmp_path / "run"), out=str(out), quiet=True))
+    told, card = capsys.readouterr().err, (out / "README.md").read_text()
+    assert "AutoTokenizer gives other token ids" in told
+    assert "load its tokenizer by PreTrainedTokenizerFast.from_pretrained" in told
+    assert 'tokenizer = PreTrainedTokenizerFast.from_pretrained("FOLDER")' in card
+    assert "Not by `AutoTokenizer`" in card
+    plain, text = Tokenizer.from_file(str(out / "tokenizer.json")), "  two  spaces , 12345."
+    assert PreTrainedTokenizerFast.from_pretrained(out)(text)["input_ids"] == plain.encode(text).ids
+    assert AutoTokenizer.from_pretrained(out)(text)["input_ids"] != plain.encode(text).ids
+
+
+def test_a_tokenizer_that_it_takes_is_loaded_as_usual(exported):
+    card = (exported / "README.md").read_text()
+    assert 'tokenizer = AutoTokenizer.from_pretrained("FOLDER")' in card
+    assert "PreTrainedTokenizerFast" not in card
+
+
+# --- cells of a benchmark ---------------------------------------------------------------------------------
+
+
+def cells(corpus, out, **changes):
+    """Folders of a finished benchmark's target cells, by row."""
+    plan = make_plan(BenchmarkConfig(**tiny(corpus, out, seeds="1", **changes)), out)
+    for cell in plan.cells:
+        run_cell(out, cell.index)
+    return {cell.mixer: out / cell.folder for cell in plan.cells if cell.kind == "target"}
+
+
+def test_a_benchmarks_cell_is_exported_with_its_card(tiny_corpus, tmp_path):
+    options = {"odm-released": {"smoothing": 0.5}, "half": {"mixer": "static", "weights": [0.5, 0.25, 0.25]}}
+    settings = {"mixers": "odm-released,half", "options": options, "objective": "letters=3,verbs=1"}
+    found = cells(tiny_corpus, tmp_path / "b", keep_models=True, **settings)
+    cards = {}
+    for row, folder in found.items():
+        out = tmp_path / row.replace(":", "-")
+        export_model.run(ExportModelConfig(run=str(folder), out=str(out), quiet=True))
+        assert (out / "model.safetensors").read_bytes() == (folder / "model" / "model.safetensors").read_bytes()
+        cards[row] = (out / "README.md").read_text()
+        assert str(tmp_path) not in cards[row]
+        assert "| model | tiny |" in cards[row]
+        assert "| tokens | 1,152 |" in cards[row]
+        assert "weighted over domains (letters 0.75, verbs 0.25): mean loss" in cards[row]
+    cost = json.loads((found["odm-released"] / "result.json").read_text())["cost"]
+    assert f"| training compute | {cost['training']['flops']:.3g} FLOPs |" in cards["odm-released"]
+    assert "The mixing method `odm-released` with smoothing 0.5." in cards["odm-released"]
+    assert "`static` with the weights letters 0.5, numbers 0.25, verbs 0.25." in cards["half"]
+    assert "the mean over time of those that `odm-released` decided" in cards["mean-of:odm-released"]
+
+
+def test_a_cell_whose_model_was_not_kept(tiny_corpus, tmp_path):
+    found = cells(tiny_corpus, tmp_path / "b", mixers="uniform", mean_of=False)
+    refuse(found["uniform"], tmp_path, DataError, "its benchmark kept none; run it with --keep-models")
+
+
 # --- what is refused --------------------------------------------------------------------------------------
 
 
@@ -180,18 +250,34 @@ def test_weights_cut_short(run, tmp_path):
 def test_a_folder_of_other_files(trained, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("mine")
-    refuse(trained, tmp_path, DataError, "already holds other files")
+    refuse(trained, tmp_path, DataError, "already holds thesis.tex")
     assert (tmp_path / "out" / "thesis.tex").read_text() == "mine"
 
 
 def test_a_file_in_the_way(trained, tmp_path):
     (tmp_path / "out").write_text("mine")
-    refuse(trained, tmp_path, DataError, "already holds other files")
+    refuse(trained, tmp_path, DataError, "is a file; choose another folder")
 
 
 def test_the_runs_own_folders(run, tmp_path):
-    refuse(run, tmp_path, DataError, "already holds other files", out=str(run))
+    refuse(run, tmp_path, DataError, "already holds", out=str(run))
     refuse(run, tmp_path, DataError, "must not be the run's own model", out=str(run / "model"))
+
+
+def test_the_model_of_another_run_is_not_overwritten(trained, run, tmp_path):
+    before = (run / "model" / "model.safetensors").read_bytes()
+    refuse(trained, tmp_path, DataError, "must be absent, empty or an earlier export", out=str(run / "model"))
+    assert (run / "model" / "model.safetensors").read_bytes() == before
+    (run / "model").rename(run / ".model.old")  # a kill while it was being replaced
+    with pytest.raises(DataError, match="must be absent, empty or an earlier export"):
+        export_model.run(ExportModelConfig(run=str(trained), out=str(run / "model"), quiet=True))
+    assert (run / "model" / "model.safetensors").read_bytes() == before
+
+
+def test_an_empty_folder_is_written_to(trained, tmp_path):
+    (tmp_path / "out").mkdir()
+    export_model.run(ExportModelConfig(run=str(trained), out=str(tmp_path / "out"), quiet=True))
+    assert (tmp_path / "out" / "README.md").is_file()
 
 
 def test_a_copy_that_is_another_model_is_not_written(trained, tmp_path, monkeypatch):
@@ -208,3 +294,14 @@ def test_a_copy_that_is_another_model_is_not_written(trained, tmp_path, monkeypa
 def test_a_negative_seed():
     with pytest.raises(ConfigError, match="seed=-1: must be at least 0"):
         ExportModelConfig(seed=-1)
+
+
+def test_an_export_that_was_evaluated_is_written_again_with_its_evaluation(trained, tmp_path):
+    settings = ExportModelConfig(run=str(trained), out=str(tmp_path / "out"), quiet=True)
+    export_model.run(settings)
+    (tmp_path / "out" / "evaluation").mkdir()
+    (tmp_path / "out" / "evaluation" / "mmlu.jsonl").write_text("{}\n")
+    (tmp_path / "out" / "evaluation.json").write_text("{}")
+    export_model.run(settings)
+    assert (tmp_path / "out" / "evaluation" / "mmlu.jsonl").read_text() == "{}\n"
+    assert (tmp_path / "out" / "evaluation.json").read_text() == "{}"

@@ -5,10 +5,13 @@ import shutil
 
 import numpy as np
 import pytest
+from plugin import tiny
 
 from acodm_env.errors import ConfigError
 from acodm_env.experiments import cli, export_model
+from acodm_env.experiments.benchmark import BenchmarkConfig, make_plan
 from acodm_env.experiments.card_evaluation import evaluation_section
+from acodm_env.experiments.cell import run_cell
 from acodm_env.experiments.export_model import ExportModelConfig, driving_policy, read_trained
 from acodm_env.experiments.model_card import Trained, Weights, mixture_used, model_card
 from acodm_env.experiments.policy_card import bare_name, policy_card, without_paths
@@ -131,6 +134,51 @@ def test_scores_at_chance_are_marked(tmp_path):
     assert "left out" in evaluation_section(file, "another")
 
 
+def test_what_makes_a_number_another_one_is_said_in_its_row(tmp_path):
+    def result(**identity):
+        facts = {key: identity.pop(key) for key in ("reencoded",) if key in identity}
+        return {"identity": {"precision": "fp32", "context": 32, "limit": None} | identity, "facts": facts}
+
+    tasks = {
+        "perplexity": result(task="perplexity", corpus_fingerprint="c0ffee" * 4, stride=16),
+        "perplexity-2": result(task="perplexity", corpus_fingerprint="beef" * 8, stride=32, reencoded=True),
+        "perplexity-limit5": result(task="perplexity", corpus_fingerprint="c0ffee" * 4, stride=16, limit=5),
+        "mmlu": result(task="mmlu", num_fewshot=0, data=None),
+        "mmlu-2": result(task="mmlu", num_fewshot=0, data={"test.csv": "00"}, precision="bf16"),
+        "hellaswag-limit9": result(task="hellaswag", limit=9),
+    }
+    file = tmp_path / "evaluation.json"
+    rows = [metric(task=name, verdict="above chance") for name in tasks]
+    file.write_text(json.dumps({"model": {"sha256": "ab"}, "results": rows, "tasks": tasks}))
+    text = evaluation_section(file, "ab", "c0ffee" * 4)
+    last = {line.split(" | ")[0].strip("| "): line.split(" | ")[-1].strip(" |") for line in text.splitlines()}
+    assert last["hellaswag-limit9"] == "a trial: at most 9 items of each of its parts"
+    assert "other data" not in last["perplexity"]
+    assert "other data than the run's" in last["perplexity-2"]
+    assert "corpus `beefbeefbeef`" in last["perplexity-2"]
+    assert "stride 32" in last["perplexity-2"]
+    assert "stride 16" in last["perplexity"]
+    assert "texts encoded again by the model's tokenizer" in last["perplexity-2"]
+    assert "a trial: at most 5 documents of every domain" in last["perplexity-limit5"]
+    assert last["mmlu"] == "precision fp32; questions from the hub"
+    assert last["mmlu-2"].startswith("precision bf16; questions from local files `")
+    assert "- mmlu-2: context 32, num_fewshot 0, precision bf16, questions from local files" in text
+    assert "A perplexity marked *other data than the run's*" in text
+    alone = {"perplexity": tasks["perplexity"]}
+    file.write_text(json.dumps({"model": {"sha256": "ab"}, "results": rows[:1], "tasks": alone}))
+    assert "other data" not in evaluation_section(file, "ab", "c0ffee" * 4)
+    assert "| other data than the run's |" in evaluation_section(file, "ab", "f00d" * 8)
+
+
+def test_a_run_scored_on_another_corpus_says_so(trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    entry = {"identity": {"task": "perplexity", "corpus_fingerprint": "beef" * 16}, "facts": {}}
+    record = {"results": [metric(task="perplexity")], "tasks": {"perplexity": entry}}
+    (run / "evaluation.json").write_text(json.dumps(record))
+    assert "| other data than the run's |" in model_card(read_trained(run), WEIGHTS, "x")
+
+
 @pytest.mark.parametrize("content", ["{}", "[]", '{"results": 3, "model": []}', '{"results": []}'])
 def test_an_evaluation_without_results(content, tmp_path):
     (tmp_path / "evaluation.json").write_text(content)
@@ -183,6 +231,29 @@ def test_a_learned_policy_is_told_with_its_provenance(tiny_corpus, tmp_path):
     assert "/home" not in card
     with pytest.raises(ConfigError, match=r"policy=.*must be the policy that drove the run"):
         driving_policy(trained, str(tmp_path / "other"))
+
+
+def test_a_benchmarks_policies_are_told_apart(tiny_corpus, tmp_path):
+    policy = policy_of(("letters", "numbers", "verbs"), checkpoint="best")
+    policy.save(tmp_path / "policy")
+    rows = {"mixers": "uniform", "policy": str(tmp_path / "policy"), "seeds": "1", "keep_models": True}
+    plan = make_plan(BenchmarkConfig(**tiny(tiny_corpus, tmp_path / "b", **rows)), tmp_path / "b")
+    cards = {}
+    for cell in plan.cells:
+        run_cell(tmp_path / "b", cell.index)
+        trained = read_trained(tmp_path / "b" / cell.folder)
+        cards[cell.mixer] = model_card(trained, WEIGHTS, "x", driving_policy(trained, None))
+        if cell.mixer == "policy":
+            assert driving_policy(trained, str(tmp_path / "policy")).fingerprint == policy.fingerprint
+        else:
+            with pytest.raises(ConfigError, match="must be the policy that drove the run"):
+                driving_policy(trained, str(tmp_path / "policy"))
+    assert not any(str(tmp_path) in card for card in cards.values())
+    assert "A policy that was learned beforehand." in cards["policy"]
+    assert policy.fingerprint in cards["policy"]
+    assert "A policy with random weights, which learned nothing" in cards["policy-untrained"]
+    assert policy.fingerprint not in cards["policy-untrained"]
+    assert "those that `policy` decided in another run." in cards["mean-of:policy"]
 
 
 def test_a_baselines_run_takes_no_policy(trained, tmp_path):

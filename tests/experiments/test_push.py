@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from hub_stand_in import TOKEN, stand_in
@@ -164,6 +165,34 @@ def test_an_exported_policy_is_pushed_as_it_is(learned, tmp_path, hub):
     (folder / "README.md").unlink()
     export.run(ExportConfig(policy=str(folder), push="me/policy"))
     assert hub.repositories["me/policy"].files["README.md"].decode() == policy_card(Policy.load(folder), "me/policy")
+
+
+def test_paths_in_an_earlier_versions_policy_stay_here(learned, tmp_path, hub, capsys):
+    folder = tmp_path / "policy"
+    export.run(ExportConfig(run=str(learned), out=str(folder), quiet=True))
+    policy = Policy.load(folder)
+    config = {**policy.provenance["config"], "corpus": "/home/someone/pile", "proxy": "/home/someone/p/config.json"}
+    config |= {"conf_file": "~/mine.yml", "journal": "/home/someone/journal"}
+    replace(policy, provenance={**policy.provenance, "config": config}).save(folder)
+    (folder / "README.md").write_text("mine")
+    before = local(folder)
+    export.run(ExportConfig(policy=str(folder), push="me/policy"))
+    assert local(folder) == before
+    assert "a copy with bare names instead is pushed" in capsys.readouterr().err
+    held = hub.repositories["me/policy"].files
+    assert held.keys() == POLICY_FILES
+    assert held["README.md"] == b"mine"
+    assert b"someone" not in b"".join(held.values())
+    (tmp_path / "fetched").mkdir()
+    for name, content in held.items():
+        (tmp_path / "fetched" / name).write_bytes(content)
+    fetched = Policy.load(tmp_path / "fetched")
+    assert fetched.fingerprint == policy.fingerprint
+    told = {"corpus": "pile", "proxy": "config.json", "conf_file": "mine.yml", "journal": "journal"}
+    assert fetched.provenance["config"] == config | told
+    hub.refuse = ("/commit/", 500)
+    with pytest.raises(DataError, match=f"{folder} is whole"):
+        export.run(ExportConfig(policy=str(folder), push="me/policy"))
 
 
 # --- what is refused --------------------------------------------------------------------------------------

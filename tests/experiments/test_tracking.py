@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+import types
 
 import pytest
 from accelerate import tracking as accelerate_tracking
@@ -216,6 +217,123 @@ def test_a_tracker_that_fails_is_left_and_said_once(tmp_path, monkeypatch, capsy
     assert said.count("tracking by tensorboard ends: OSError: [Errno 28] No space left on device; the run and") == 1
     assert len(folder.lines("stats.jsonl")) == 20
     assert len(calls) == (9 if when == "log" else 1)  # evaluations at 0 and 4, steps 1 to 7
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        "\\xff",
+        "{}",
+        '{"id": "a", "name": "b"}',
+        '{"id": 3, "name": "b", "services": {}}',
+        '{"id": "a", "name": "b", "services": []}',
+        '{"id": "a", "name": "b", "services": {"mlflow": "c"}, "ended": {"mlflow": 3}}',
+        '{"id": "a", "name": "b", "services": {"mlflow": "c"}, "opened": {"mlflow": "1"}}',
+    ],
+)
+def test_a_broken_record_is_none(tmp_path, capsys, text):
+    stopped(tmp_path / "run", "tensorboard", 8)
+    (tmp_path / "run" / "tracking.json").write_text(text)
+    folder = run(tmp_path / "run", "auto")
+    assert capsys.readouterr().err.count("tracking.json: is no record of trackers; they are told of the run as of") == 1
+    assert_shows(tensorboard_scalars(folder), folder)
+    assert json.loads((tmp_path / "run" / "tracking.json").read_text())["services"].keys() == {"tensorboard"}
+
+
+# --- a service that keeps what it is told ----------------------------------------------------------------------------
+
+
+class Service:
+    """MLflow's tracker, with runs in a dict: by name, by key (step, value) pairs."""
+
+    def __init__(self, runs):
+        self.runs, self.fail_at = runs, None
+
+    def __call__(self, project, run_name, run_id):
+        self.shown = self.runs.setdefault(run_id or run_name, {})
+        info = types.SimpleNamespace(run_id=run_id or run_name)
+        self.tracker = types.SimpleNamespace(info=info)
+        return self
+
+    def start(self):
+        pass
+
+    def store_init_configuration(self, values):
+        pass
+
+    def log(self, values, step):
+        if step == self.fail_at:
+            raise OSError("down")
+        for key, value in values.items():
+            self.shown.setdefault(key, []).append((step, value))
+
+    def finish(self):
+        pass
+
+
+@pytest.fixture
+def service(monkeypatch):
+    told = Service({})
+    monkeypatch.setattr(tracking, "_installed", lambda name: True)
+    monkeypatch.setitem(accelerate_tracking.LOGGER_TYPE_TO_CLASS, "mlflow", told)
+    return told
+
+
+def test_what_was_not_tracked_is_told_by_who_goes_on(tmp_path, service):
+    stopped(tmp_path / "run", "none", 4)
+    stopped(tmp_path / "run", "mlflow", 8)
+    stopped(tmp_path / "run", "none", 12)
+    folder = run(tmp_path / "run", "mlflow")
+    [shown] = service.runs.values()
+    assert_shows(shown, folder)
+
+
+def test_each_end_that_is_not_well_opens_another_run(tmp_path, service, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(tracking.Tracking, "finish", lambda self: None)
+        killed(tmp_path / "run", "mlflow", 5)
+        killed(tmp_path / "run", "mlflow", 8)
+    stopped(tmp_path / "run", "mlflow", 10)
+    folder = run(tmp_path / "run", "mlflow")
+    name = json.loads((tmp_path / "run" / "tracking.json").read_text())["name"]
+    assert [*service.runs] == [name, f"{name}-2", f"{name}-3"]
+    assert_shows(service.runs[f"{name}-3"], folder)
+
+
+def test_what_a_service_missed_while_it_was_down_is_told_by_who_goes_on(tmp_path, service):
+    service.fail_at = 7
+    stopped(tmp_path / "run", "mlflow", 12)
+    service.fail_at = None
+    folder = run(tmp_path / "run", "mlflow")
+    first, second = service.runs.values()
+    assert [step for step, _ in first["target/loss"]] == [*range(1, 7)]
+    assert_shows(second, folder)
+
+
+def test_a_finished_run_is_told_once(tmp_path, service):
+    for _ in range(2):  # the second does the steps after the last checkpoint again
+        folder = run(tmp_path / "run", "mlflow")
+    [shown] = service.runs.values()
+    assert_shows(shown, folder, timing=False)
+
+
+def test_an_adapted_run_is_another_with_all_that_its_logs_hold(tmp_path, service):
+    stopped(tmp_path / "run", "mlflow", 8)
+    folder = run(tmp_path / "run", "mlflow", adapt=True, name="other")
+    assert len(service.runs) == 2
+    assert_shows([*service.runs.values()][1], folder)
+
+
+def test_lines_of_other_domains_are_not_told(tmp_path, service):
+    folder = RunFolder(tmp_path / "run", {"domains": DOMAINS})
+    folder.append("stats.jsonl", run(tmp_path / "other", "none").lines("stats.jsonl")[0])
+    adapted = RunFolder(tmp_path / "run", {"domains": DOMAINS[:2]}, adapt=True)
+    with tracked(adapted, "mlflow"):
+        adapted.rewind(1)
+        assert adapted.listener._trackers.keys() == {"mlflow"}
+    assert [*service.runs.values()] == [{}]
 
 
 # --- what services are started with -----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sqlite3
 import struct
 import subprocess
@@ -40,6 +41,12 @@ tests.killed(path, track, 8)
 tests.stopped(path, track, 12)
 tests.run(path, track)
 """
+SIGKILLED = """
+tests.sigkilled(path, track, 10)
+"""
+FINISHED = """
+tests.run(path, track)
+"""
 FAILING = """
 from accelerate.tracking import MLflowTracker
 def fails(self, values, step):
@@ -52,10 +59,10 @@ tests.run(path, track)
 
 
 def offline(tmp_path, track, story=INTERRUPTED):
-    """A run killed after step 8, stopped after step 12, then finished, in a process without network or terminal."""
+    """A run that fails after step 8, is stopped after step 12, then finished; without network or terminal."""
     keep = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH") if name in os.environ}
     home = tmp_path / "home"
-    home.mkdir()
+    home.mkdir(exist_ok=True)
     places = {"HOME": home, "TRACKIO_DIR": tmp_path / "trackio", "XDG_CACHE_HOME": home, "HF_HOME": home / "hf"}
     environment = keep | {name: str(place) for name, place in places.items()} | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -68,7 +75,7 @@ def offline(tmp_path, track, story=INTERRUPTED):
         env=environment,
         cwd=tmp_path,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == (-signal.SIGKILL if story is SIGKILLED else 0), done.stderr
     assert "CONNECTS" not in done.stderr, done.stderr
     assert ("tracking by" in done.stderr) == (story is FAILING), done.stderr
     assert done.stdout == ""
@@ -95,33 +102,53 @@ def wandb_rows(file):
                 yield {item.key or "/".join(item.nested_key): float(item.value_json) for item in record.history.item}
 
 
-@needs("wandb")
-def test_wandb_offline(tmp_path):
-    folder, record, said = offline(tmp_path, "wandb")
-    assert said.count("wandb has no API key: the run is kept in") == 3
+def wandb_shown(folder, id):
+    """By key, the (step, value) pairs of all files of a run, and the number of those."""
     shown = {}
-    files = [*(folder.path / "wandb").glob(f"offline-run-*/run-{record['id']}.wandb")]
-    assert len(files) == 3
+    files = [*(folder.path / "wandb").glob(f"offline-run-*/run-{id}.wandb")]
     for file in files:
         for row in wandb_rows(file):
             for key in row.keys() - {"_step", "_timestamp", "_runtime"}:
                 shown.setdefault(key, []).append((row["_step"], row[key]))
-    assert_shows({key: sorted(pairs) for key, pairs in shown.items()}, folder, timing=False)
+    return {key: sorted(pairs) for key, pairs in shown.items()}, len(files)
+
+
+def mlflow_shown(folder, run):
+    shown = {}
+    root = next((folder.path / "mlflow").glob(f"*/{run}")) / "metrics"
+    for file in root.rglob("*"):
+        if file.is_file():
+            pairs = [line.split() for line in file.read_text().splitlines()]
+            shown[file.relative_to(root).as_posix()] = [(int(step), float(value)) for _, value, step in pairs]
+    return shown
+
+
+def trackio_shown(tmp_path):
+    """By run and key, the (step, value) pairs."""
+    shown = {}
+    with closing(sqlite3.connect(tmp_path / "trackio" / "acodm.db")) as base:
+        rows = base.execute("SELECT run_name, step, metrics FROM metrics ORDER BY id").fetchall()
+    for name, step, metrics in rows:
+        for key, value in json.loads(metrics).items():
+            shown.setdefault(name, {}).setdefault(key, []).append((step, value))
+    return shown
+
+
+@needs("wandb")
+def test_wandb_offline(tmp_path):
+    folder, record, said = offline(tmp_path, "wandb")
+    assert said.count("wandb has no API key: the run is kept in") == 3
+    shown, files = wandb_shown(folder, record["id"])
+    assert files == 3
+    assert_shows(shown, folder, timing=False)
 
 
 @needs("mlflow")
 def test_mlflow_in_local_files(tmp_path):
     folder, record, _ = offline(tmp_path, "mlflow")
-    shown = {}
-    root = next((folder.path / "mlflow").glob(f"*/{record['services']['mlflow']}"))
-    for file in (root / "metrics").rglob("*"):
-        if file.is_file():
-            pairs = [line.split() for line in file.read_text().splitlines()]
-            shown[file.relative_to(root / "metrics").as_posix()] = [
-                (int(step), float(value)) for _, value, step in pairs
-            ]
-    assert_shows(shown, folder, timing=False)
-    assert (root / "params" / "mixer").read_text() == "odm-released"
+    run = record["services"]["mlflow"]
+    assert_shows(mlflow_shown(folder, run), folder, timing=False)
+    assert (next((folder.path / "mlflow").glob(f"*/{run}")) / "params" / "mixer").read_text() == "odm-released"
     assert len([*(folder.path / "mlflow").glob("*/*/metrics")]) == 1
 
 
@@ -136,11 +163,34 @@ def test_a_run_that_mlflow_fails_leaves_nothing_to_the_next(tmp_path):
 @needs("trackio")
 def test_trackio_in_its_local_data_base(tmp_path):
     folder, record, _ = offline(tmp_path, "trackio")
-    shown = {}
-    with closing(sqlite3.connect(tmp_path / "trackio" / "acodm.db")) as base:
-        rows = base.execute("SELECT run_name, step, metrics FROM metrics ORDER BY id").fetchall()
-    for name, step, metrics in rows:
-        assert name == f"run-{record['id']}" == record["services"]["trackio"]
-        for key, value in json.loads(metrics).items():
-            shown.setdefault(key, []).append((step, value))
+    shown = trackio_shown(tmp_path)
+    assert [*shown] == [f"run-{record['id']}"] == [record["services"]["trackio"]]
+    assert_shows(shown[record["services"]["trackio"]], folder, timing=False)
+
+
+@pytest.mark.parametrize(
+    "track",
+    [
+        pytest.param("wandb", marks=needs("wandb")),
+        pytest.param("trackio", marks=needs("trackio")),
+        pytest.param("mlflow", marks=[needs("mlflow"), pytest.mark.slow]),  # queues nothing; the rule is for all
+    ],
+)
+def test_after_sigkill_another_run_has_it_all(tmp_path, track):
+    """What the service had not received is lost with the process."""
+    offline(tmp_path, track, SIGKILLED)
+    folder, record, said = offline(tmp_path, track, FINISHED)
+    named = f"run-{record['id']}-2"
+    assert said.count(f"{track} was not ended well and may lack steps: all are shown again, as {named}") == 1
+    if track == "wandb":
+        assert record["services"][track] == named
+        shown, _ = wandb_shown(folder, f"{record['id']}-2")
+    elif track == "trackio":
+        shown = trackio_shown(tmp_path)[named]
+    else:
+        root = next((folder.path / "mlflow").glob(f"*/{record['services'][track]}"))
+        assert (root / "tags" / "mlflow.runName").read_text() == named
+        shown = mlflow_shown(folder, record["services"][track])
+    assert len(shown["target/loss"]) == 20
     assert_shows(shown, folder, timing=False)
+    assert record["ended"] == {track: {"stats.jsonl": 20, "eval.jsonl": 20}}

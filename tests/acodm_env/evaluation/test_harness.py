@@ -1,5 +1,7 @@
 """Downstream tasks: prompts equal the harness's own, and answers are read and counted right."""
 
+import copy
+import logging
 import random
 from pathlib import Path
 from typing import Any
@@ -96,6 +98,8 @@ def test_mmlu_end_to_end(loaded: Any, small: Path, num_fewshot: int) -> None:
     assert any("2 subjects, 4 dev, 12 test" in note for note in notes)
     assert seen[-1] == ("mmlu", 12, 12)
     assert facts["num_truncated"] == (12 if num_fewshot else facts["num_truncated"])
+    assert facts["prompt_tokens"] == 128
+    assert num_fewshot == 0 or any("12 of 12 prompts exceed the context of 128 tokens" in note for note in notes)
 
 
 def test_answers_equal_a_slow_reference(loaded: Any, small: Path) -> None:
@@ -140,6 +144,88 @@ def test_logits_of_prompts_are_not_missed(loaded: Any) -> None:
     text = ("alpha beta " * 90,)
     rolling = [Instance(request_type="loglikelihood_rolling", doc={}, arguments=text, idx=0, metadata=("t", 0, 1))]
     assert sparing.loglikelihood_rolling(rolling) == pytest.approx(plain.loglikelihood_rolling(rolling), rel=1e-5)
+
+
+class Watched(torch.nn.Module):
+    """A model that notes its batches and the largest of their tensors, in numbers."""
+
+    def __init__(self, model: Any, keeps: bool):
+        super().__init__()
+        self.model, self.config, self.device = model, model.config, model.device
+        self.seen: list[tuple[int, int]] = []
+        if not keeps:
+            self.forward = self.whole  # type: ignore[method-assign]
+
+    def tie_weights(self) -> None:
+        """Nothing to tie."""
+
+    def get_input_embeddings(self) -> Any:
+        return self.model.get_input_embeddings()
+
+    def forward(self, ids: torch.Tensor, logits_to_keep: int = 0) -> Any:
+        found = self.model(ids, logits_to_keep=logits_to_keep)
+        widest = ids.numel() * 4 * self.config.hidden_size
+        self.seen.append((len(ids), max(found.logits.numel(), widest)))
+        return found
+
+    def whole(self, ids: torch.Tensor) -> Any:
+        return Watched.forward(self, ids)
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_automatic_batches_count_what_is_made(
+    loaded: Any, small: Path, monkeypatch: pytest.MonkeyPatch, keeps: bool
+) -> None:
+    from acodm_env.evaluation import harness_model
+
+    budget = 4 * (4 * 128 * 4 * 64)  # bytes of four prompts' activations; a prompt's logits would be 128 * 300 numbers
+    monkeypatch.setattr(harness_model, "_BUDGET_BYTES", {"cpu": budget})
+    model = Watched(loaded.model, keeps)
+    scores, _ = run(lend(model, loaded.tokenizer, context=128), "mmlu", small, batch_size=None, num_fewshot=2)
+    assert max(numbers for _, numbers in model.seen) <= budget // 4
+    assert max(rows for rows, _ in model.seen) == (4 if keeps else 2)
+    expected, _ = run(loaded, "mmlu", small, num_fewshot=2)
+    assert scores.items == expected.items
+
+
+def test_rows_that_fit_by_hand(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from acodm_env.evaluation import harness_model
+
+    config, vocabulary = loaded.model.config, loaded.model.config.vocab_size
+    monkeypatch.setattr(harness_model, "_BUDGET_BYTES", {"cpu": 4 * vocabulary * 100})
+    monkeypatch.setattr(harness_model, "_numbers_per_token", lambda loaded: (0, vocabulary))
+
+    def fit(lengths: list[int], **settings: Any) -> int:
+        return harness_model.fitting_rows(loaded, lengths, **settings)
+
+    assert config.hidden_size > 0
+    assert fit([10] * 64, answer=1) == 64  # 64 positions
+    assert fit([10] * 64, answer=3) == 32  # 96
+    assert fit([10] * 64, answer=1, keeps=False) == 8  # 80
+    assert fit([10] * 3, answer=30, keeps=False) == 64  # 30, of three rows
+    assert fit([99, 1], answer=1) == 1  # 99 each: the shorter is padded
+    assert fit([10] * 64, answer=1, completion=15) == 4  # a cache of 25 tokens each
+    assert fit([1000], answer=1, keeps=False) == 1
+    assert fit([], answer=1) == 64
+    monkeypatch.setattr(harness_model, "_numbers_per_token", lambda loaded: (vocabulary, 0))
+    assert fit([10] * 64, answer=1) == 8  # activations as wide as logits, of whole rows
+
+
+def test_the_tokenizer_is_not_heard_on_long_prompts(loaded: Any, small: Path) -> None:
+    heard: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("transformers.tokenization_utils_base")
+    tokenizer = copy.deepcopy(loaded.tokenizer)
+    tokenizer.model_max_length = 8
+    logger.addHandler(handler)
+    try:
+        run(lend(loaded.model, tokenizer, context=128), "mmlu_anatomy", small)
+        assert heard == []
+        tokenizer.encode("run walk sit " * 9)
+        assert len(heard) == 1
+    finally:
+        logger.removeHandler(handler)
 
 
 def test_limit_and_batch_size_change_no_answer(loaded: Any, small: Path) -> None:

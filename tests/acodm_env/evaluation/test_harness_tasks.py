@@ -1,5 +1,6 @@
 """Downstream tasks that cannot be run are refused first, with what to do."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +58,51 @@ def test_data_that_are_nowhere(harness_index: Path, monkeypatch: pytest.MonkeyPa
         check("arc_easy")
     with pytest.raises(DataError, match=r"--data DIR with HumanEval\.jsonl\.gz"):
         check("humaneval", allow_code_execution=True)
-    (tmp_path / "cache" / "allenai___ai2_arc").mkdir(parents=True)
-    check("arc_easy")  # what the cache holds shows when it is loaded
-    with pytest.raises(DataError, match=r"tasks=arc_easy: its data must be whole; .*ai2_arc"):
+
+
+def cached(root: Path, folder: str, configuration: str) -> None:
+    path = root / folder / configuration / "0.0.0" / "abc"
+    path.mkdir(parents=True)
+    splits = {"test": {"name": "test", "num_bytes": 9, "num_examples": 1, "dataset_name": "any"}}
+    (path / "dataset_info.json").write_text(json.dumps({"config_name": configuration, "splits": splits}))
+
+
+def test_a_cache_that_lacks_the_configuration(harness_index: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "datasets"
+    (cache / "allenai___ai2_arc").mkdir(parents=True)
+    with pytest.raises(DataError, match="dataset=allenai/ai2_arc"):
+        check("arc_easy")  # an empty folder
+    cached(cache, "allenai___ai2_arc", "ARC-Challenge")
+    check("arc_challenge")
+    with pytest.raises(DataError, match=r"load_dataset\('allenai/ai2_arc', 'ARC-Easy'\)"):
+        check("arc_easy")
+    with pytest.raises(DataError, match=r"tasks=arc_easy: its data must be whole; ValueError: Couldn't find cache"):
         harness_tasks.load_tasks("arc_easy", None, tmp_path)
+    cached(cache, "allenai___ai2_arc", "ARC-Easy")
+    check("arc_easy")  # whether its files are whole shows when they are loaded
+    with pytest.raises(DataError, match=r"tasks=arc_easy: its data must be whole; "):
+        harness_tasks.load_tasks("arc_easy", None, tmp_path)
+
+
+def test_the_configurations_that_lack_are_named(harness_index: Path, tmp_path: Path) -> None:
+    cached(tmp_path / "datasets", "cais___mmlu", "abstract_algebra")
+    with pytest.raises(DataError) as caught:
+        check("mmlu")
+    assert "for each NAME of anatomy, astronomy, business_ethics and 53 more" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "folder"), [("TIGER-Lab/MMLU-Pro", "TIGER-Lab___mmlu-pro"), ("google/IFEval", "google___if_eval")]
+)
+def test_folders_are_named_as_datasets_names_them(
+    harness_index: Path, tmp_path: Path, dataset: str, folder: str
+) -> None:
+    text = f"task: capital\ndataset_path: {dataset}\ntest_split: test\noutput_type: generate_until\ndoc_to_text: q\n"
+    (harness_index / "capital.yaml").write_text(text)
+    with pytest.raises(DataError, match=f"copy the folder {folder} of its"):
+        check("capital")
+    cached(tmp_path / "datasets", folder, "default")
+    check("capital")
 
 
 def test_code_is_not_run_unless_allowed_and_only_for_humaneval(harness_index: Path, small: Path) -> None:
@@ -95,3 +137,48 @@ def test_a_damaged_file_is_told_before_a_model_is_needed(small: Path) -> None:
     check("mmlu", "mmlu_anatomy", data=small)  # read again, since the file has changed
     with pytest.raises(DataError, match=r"tasks=mmlu_world_religions: must have questions"):
         harness_tasks.load_tasks("mmlu_world_religions", small, small)
+
+
+# --- local MMLU --------------------------------------------------------------------------------------------
+
+
+def test_the_harness_own_categories() -> None:
+    categories = harness_tasks.mmlu_categories()
+    assert {name: len(subjects) for name, subjects in categories.items()} == {
+        "mmlu_stem": 19, "mmlu_humanities": 13, "mmlu_social_sciences": 12, "mmlu_other": 13,
+    }  # fmt: skip
+    assert len({subject for subjects in categories.values() for subject in subjects}) == 57
+
+
+def test_a_category_from_local_files(loaded: Any, small: Path) -> None:
+    check("mmlu_stem", "mmlu_humanities", data=small)
+    scores, notes = run(loaded, "mmlu_stem", small)
+    assert [(metric.group, metric.num_items) for metric in scores.metrics] == [("", 6), ("anatomy", 6)]
+    assert scores.facts["dataset"] == harness.data_checksums("mmlu", small)
+    assert any("2 subjects" in note for note in notes)
+    whole, _ = run(loaded, "mmlu", small)
+    assert scores.items == whole.items[:6]
+
+
+@pytest.mark.parametrize("name", ["mmlu_stem", "mmlu_anatomy", "mmlu"])
+def test_a_local_folder_that_is_not_there(name: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data=.*nope: must hold mmlu_dev.*there is no such folder"):
+        check(name, data=tmp_path / "nope")
+    (tmp_path / "mmlu_dev.jsonl").write_text("{}\n")
+    with pytest.raises(DataError, match=r"must hold mmlu_test.*the folder lacks it"):
+        check(name, data=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["mmlu_social_sciences", "mmlu_astronomy"])
+def test_local_files_without_such_questions(name: str, small: Path) -> None:
+    with pytest.raises(DataError, match=f"tasks={name}: must have questions in the files of data=.*2 subjects"):
+        check(name, data=small)
+
+
+def test_local_files_are_advised_only_where_they_serve(harness_index: Path) -> None:
+    for name in ("mmlu", "mmlu_stem", "mmlu_anatomy"):
+        with pytest.raises(DataError, match=f"the task {name} needs it: --data DIR"):
+            check(name)
+    with pytest.raises(DataError) as caught:
+        check("mmlu_stem_tasks")
+    assert "--data" not in str(caught.value)

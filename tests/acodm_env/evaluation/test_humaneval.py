@@ -70,7 +70,9 @@ def test_two_problems_end_to_end(narrow: Any, capfd: pytest.CaptureFixture[str])
     assert (facts["max_gen_toks"], facts["harness_max_gen_toks"]) == (32, 1024)
     assert facts["num_fewshot"] == 0  # the task fixes it
     assert facts["num_truncated"] == 2
-    assert any("2 of 2 prompts exceed the context of 64 tokens" in note for note in notes)
+    assert (facts["context"], facts["prompt_tokens"]) == (64, 32)
+    words = "2 of 2 prompts are longer than the 32 tokens that the context of 64 leaves beside a completion"
+    assert any(words in note for note in notes)
     assert facts["dataset"] == harness.data_checksums("humaneval", DATA)
     assert facts["sandbox"] == sandbox.protections()
     assert facts["complete"] is True

@@ -242,6 +242,27 @@ def test_an_edited_configuration_is_named(folder, changes):
         load(folder)
 
 
+@pytest.mark.parametrize("name", ["PreTrainedTokenizerFast", "TokenizersBackend"])
+def test_the_tokenizer_is_the_one_in_the_folder_whatever_the_architecture(name, folder, tiny_store):
+    """`AutoTokenizer` builds Qwen2's own from the vocabulary: other ids."""
+    from tokenizers import Tokenizer
+    from transformers import Qwen2Config
+
+    config = Qwen2Config(vocab_size=tiny_store.vocab_size, hidden_size=16, intermediate_size=16, num_hidden_layers=1)
+    config.num_attention_heads = config.num_key_value_heads = 2
+    with torch.random.fork_rng():
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    end = Tokenizer.from_file(str(folder / "tokenizer.json")).id_to_token(tiny_store.end_of_document)
+    about = {"tokenizer_class": name, "eos_token": end, "pad_token": end, "model_max_length": 32}
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+    tokenizer, plain = load(folder).tokenizer, Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for text in ("  two  spaces , ok .", "don't 12345\n\n x", "e\u0301"):
+        assert tokenizer(text)["input_ids"] == plain.encode(text).ids
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (tiny_store.end_of_document,) * 2
+    assert (len(tokenizer), tokenizer.model_max_length) == (tiny_store.vocab_size, 32)
+
+
 def test_an_edited_tokenizer_configuration_is_named(folder):
     (folder / "tokenizer_config.json").write_text("[]")
     with pytest.raises(DataError, match="must hold a tokenizer that transformers loads"):

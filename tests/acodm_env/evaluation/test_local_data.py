@@ -56,6 +56,10 @@ def test_plain_and_compressed_files(tmp_path: Path, ending: str) -> None:
         (question(answer="1"), "answer='1': must be 0, 1, 2 or 3"),
         (question(answer=True), "answer=True: must be 0, 1, 2 or 3"),
         (question(subject="../etc"), "must be small letters"),
+        (question(question="a \ud83d b"), r"question='a \ud83d b': must be whole characters; '\ud83d' is half of one"),
+        (question(choices=["a", "b", "c", "\udc00"]), r"choices='\udc00': must be whole characters"),
+        ("[" * 100_000, "too deeply nested"),
+        ('{"question": ' + "[" * 900 + "]" * 900 + "}", "must be a text"),
         (question(subject="law"), "subject 'law' must have questions in mmlu_dev.jsonl"),
     ],
 )
@@ -73,6 +77,9 @@ def test_a_bad_line_of_mmlu_is_named(tmp_path: Path, line: Any, message: str) ->
     [
         (problem(1, entry_point="no name"), "must be a function's name"),
         (problem(1, test=None), "test=None: must be a text"),
+        (problem(1, prompt=""), "prompt: must hold the beginning of a function; it is empty"),
+        (problem(1, prompt=" \n"), "it is empty"),
+        (problem(1, prompt="\ud800"), "must be whole characters"),
         (problem(0), "task_id 'HumanEval/0' must be new"),
     ],
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from sandboxed import LINUX, SHORT, SMALL, TOKEN, none_left, nothing_left, survivors, with_layers  # noqa: F401
 
-from acodm_env.errors import ConfigError
+from acodm_env.errors import AcodmError, ConfigError
 from acodm_env.evaluation import sandbox
 from acodm_env.evaluation.sandbox import Limits, Outcome, SandboxError, execute, protections, run_program, run_programs
 
@@ -171,34 +171,64 @@ def test_an_error_in_the_callers_part_stops_the_rest():
 
 
 @pytest.mark.skipif(not LINUX, reason="looks into /proc")
-@pytest.mark.parametrize("layers", [sandbox.LAYERS, ()])
-def test_program_ends_with_a_killed_evaluation(layers, tmp_path):
+@pytest.mark.parametrize("layers", [sandbox.LAYERS, ("dropped_user",), ()])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_program_and_folder_end_with_a_killed_evaluation(layers, number, tmp_path):
     code = (
         "from acodm_env.evaluation import sandbox\n"
         f"sandbox._START = '# {TOKEN}\\n' + sandbox._START\n"
-        f"sandbox.execute('while True: pass', sandbox.Limits(seconds=100), layers={tuple(layers)})\n"
+        'program = \'open("x", "w")\\nwhile True: pass\'\n'
+        f"sandbox.execute(program, sandbox.Limits(seconds=20), layers={tuple(layers)})\n"
     )
     (tmp_path / "other").mkdir()
     environment = os.environ | {"TMPDIR": str(tmp_path / "other")}
     with subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=Path.cwd()) as evaluation:
         deadline = time.monotonic() + 60
-        while len(survivors()) < 2 and time.monotonic() < deadline:
-            time.sleep(0.02)
+        steady = 0  # taking a user namespace has a second process, too, for a moment
+        while steady < 10 and time.monotonic() < deadline:
+            steady = steady + 1 if len(survivors()) >= 2 else 0
+            time.sleep(0.04)
         assert len(survivors()) >= 2
-        evaluation.send_signal(signal.SIGKILL)
+        assert len(list((tmp_path / "other").iterdir())) == 1
+        evaluation.send_signal(number)
     assert none_left()
+    assert list((tmp_path / "other").iterdir()) == []
 
 
 def test_a_layer_that_is_refused_now_is_an_error(monkeypatch):
     with pytest.raises(SandboxError, match=r"could not be set up: .*not granted now: own_moon") as caught:
         execute("x = 1", required={"own_moon"})
     assert caught.value.layer == "program"
+    assert isinstance(caught.value, AcodmError)
+    assert str(caught.value).count("; ") == 2  # what, the likely cause, the remedy
+    assert "TMPDIR" in str(caught.value)
     monkeypatch.setattr(sandbox.sys, "executable", "/bin/false")
     with pytest.raises(SandboxError, match="could not be set up"):
         execute("x = 1")
     monkeypatch.setattr(sandbox.sys, "executable", "/not/there")
     with pytest.raises(SandboxError, match="could not be set up"):
         execute("x = 1")
+    monkeypatch.setattr(sandbox.tempfile, "tempdir", "/not/there")
+    with pytest.raises(SandboxError, match="could not be set up: temporary folder"):
+        execute("x = 1")
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("open('/a\\nb', 'w')", "forbidden: open /a"),
+        (
+            "import os\nfor n in range(3, 20):\n    try: os.write(n, b'\\n one \\n 2')\n    except OSError: pass",
+            "one",
+        ),
+        ("import os\nfor n in range(3, 20):\n    try: os.write(n, b'passed\\nx')\n    except OSError: pass", "exited"),
+    ],
+)
+def test_a_reason_is_one_line(program, reason):
+    outcome = execute(program + "\nassert 0", layers=())[0]
+    assert not outcome.passed
+    assert outcome.reason.startswith(reason)
+    assert len(outcome.reason.splitlines()) == 1
 
 
 def test_a_program_that_kills_its_supervisor_is_wrong():

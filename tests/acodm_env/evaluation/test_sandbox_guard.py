@@ -37,6 +37,25 @@ from acodm_env.evaluation.sandbox import execute, run_program
         "import shutil; shutil.rmtree('{folder}')",
         "open('../out', 'w')",
         "import os; os.mkfifo('{out}')",
+        "import posix; posix.mkfifo('{out}')",
+        "import posix; posix.mknod('{out}')",
+        "import io, pathlib; io.FileIO(pathlib.Path('{out}'), 'w')",
+        "class P:\n    paths = ['{out}', 'inside']\n    def __fspath__(self): return self.paths.pop()\n"
+        "import io; io.FileIO(P(), 'w')",
+        "class B(bytes):\n    def __bytes__(self): return b'inside'\nopen(B(b'{out}'), 'w')",
+        "import sqlite3, pathlib; sqlite3.connect(pathlib.Path('{out}'))",
+        "import sqlite3; sqlite3.connect('file:{out}?mode=rwc', uri=True)",
+        # what the check calls is its own
+        "import os; os.path.realpath = lambda path, **options: os.getcwd() + '/x'\nopen('{out}', 'w')",
+        "import os, posixpath; posixpath._joinrealpath = lambda *args: (os.getcwd(), True)\nopen('{out}', 'w')",
+        "import os; os.lstat = os.readlink = os.getcwd = os.fspath = os.fsdecode = print\nopen(b'{out}', 'w')",
+        "import builtins; builtins.issubclass = builtins.isinstance = lambda *args: True\nopen('{out}', 'w')",
+        "import os; os.mkfifo.__globals__['_below'] = lambda *args, **options: True\nopen('{out}', 'w')",
+        "import sys; sys._getframe(1).f_globals['sandbox_guard']._WRITES = 0\nopen('{out}', 'w')",
+        # a link at a path that is too long to be looked at, or locked
+        "import os; os.symlink('{out}', 'link')\n"
+        "for n in range(25): os.mkdir('a' * 200); os.rename('link', 'a' * 200 + '/link'); os.chdir('a' * 200)\n"
+        "open('link', 'w')",
     ],
 )
 def test_writing_outside_is_forbidden(program, tmp_path):
@@ -110,9 +129,32 @@ SEARCH = (
 )
 
 
+# Called from beneath the guard's check, or by it, these would find the secret in the frames above.
+FORGE = (
+    "import os, sys\n"
+    "def forge(*args, **options):\n"
+    "    frame = sys._getframe()\n"
+    "    while frame:\n"
+    "        if secret := frame.f_locals.get('secret'):\n"
+    "            for number in range(3, 20):\n"
+    "                try: os.write(number, secret + b'\\n')\n"
+    "                except OSError: pass\n"
+    "            os._exit(0)\n"
+    "        frame = frame.f_back\n"
+    "    return '/'\n"
+)
+
+
 @pytest.mark.parametrize(
     "program",
     [
+        FORGE + "os.path.realpath = forge; open('x', 'w'); assert 0",
+        FORGE + "os.lstat = os.fspath = os.getcwd = os.fsdecode = forge\nopen(b'x', 'w'); assert 0",
+        FORGE
+        + "class I(int): __ne__ = __eq__ = forge\nos.kill(I(os.getpid()), 0); sys.audit('os.kill', I(1)); assert 0",
+        FORGE + "class P: __fspath__ = __repr__ = forge\nsys.audit('os.remove', P(), P()); assert 0",
+        FORGE + "class E(str): __eq__ = __hash__ = forge\nsys.audit(E('x')); assert 0",
+        FORGE + "class E: __eq__ = forge\nsys._getframe(1).f_globals['sandbox_guard'].ENDED = E(); open('x'); assert 0",
         "import gc; gc.get_objects()",
         "import gc; gc.get_referrers(1)",
         "import sys; sys.addaudithook(print)",
@@ -130,3 +172,23 @@ def test_a_pass_cannot_be_claimed(program):
 
 def test_a_forked_copy_cannot_pass_for_the_program():
     assert not with_layers("import os\nif os.fork():\n    os.waitpid(-1, 0); os._exit(0)").passed
+
+
+def test_paths_inside_are_allowed():
+    program = (
+        "import io, os, pathlib, sqlite3\n"
+        "path = pathlib.Path('a')\n"
+        "os.mkdir(path); os.rename(path, pathlib.Path('b')); os.rmdir(pathlib.Path('b'))\n"
+        "path.write_text('x'); os.symlink(path, pathlib.Path('c')); os.truncate(path, 0); os.chmod(path, 0o600)\n"
+        "os.link(path, pathlib.Path('d')); os.utime(path); os.remove(pathlib.Path('d'))\n"
+        "with open(path, 'ab') as file: file.write(b'x')\n"
+        "assert io.FileIO(path).read() == b'x' == open('c', 'rb').read()\n"  # reading may be anywhere, by any path
+        "os.mkdir('e'); os.symlink('../a', 'e/f'); os.symlink(os.path.abspath('e'), 'g')\n"
+        "open('g/f', 'w').close(); open('./e//../a', 'w').close(); open(os.path.abspath('g/h'), 'w').close()\n"
+        "sqlite3.connect('x.db').close(); open('/dev/../dev/null', 'w').close()\n"
+        "os.close(os.open('.', os.O_RDONLY)); os.open(os.getcwd(), os.O_RDONLY)\n"
+        "try: open('missing/x', 'w')\nexcept FileNotFoundError: pass\n"
+        "try: open('a/x', 'w')\nexcept NotADirectoryError: pass\n"
+        "try: open('a\\0', 'w')\nexcept ValueError: pass\n"
+    )
+    assert execute(program, layers=())[0].reason == "passed"
