@@ -83,12 +83,19 @@ def test_tensorboard_shows_the_logs(tmp_path):
     assert "no:" not in settings
 
 
+def next_second():
+    """Wait for it: TensorBoard reads files of one second in the order of their names, where .10 is before .9."""
+    time.sleep(1.01 - time.time() % 1)
+
+
 @pytest.mark.parametrize("end", [killed, stopped])
 @pytest.mark.parametrize("step", [2, 8, 12])
 def test_a_resumed_run_has_each_step_once_in_tensorboard(tmp_path, end, step):
     """Also the evaluation that is due where a run was stopped, which is made by who goes on."""
     end(tmp_path / "run", "tensorboard", step)
+    next_second()
     end(tmp_path / "run", "tensorboard", step + 1)
+    next_second()
     folder = run(tmp_path / "run", "tensorboard")
     assert_shows(tensorboard_scalars(folder), folder)
     assert len([*(tmp_path / "run" / "tensorboard").glob("*/hparams.yml")]) == 1
@@ -96,6 +103,7 @@ def test_a_resumed_run_has_each_step_once_in_tensorboard(tmp_path, end, step):
 
 def test_an_adapted_run_goes_on_in_tensorboard(tmp_path):
     killed(tmp_path / "run", "tensorboard", 8)
+    next_second()
     folder = run(tmp_path / "run", "tensorboard", adapt=True, name="other")
     assert_shows(tensorboard_scalars(folder), folder)
     assert len([*(tmp_path / "run" / "tensorboard").glob("*/hparams.yml")]) == 2
