@@ -180,6 +180,11 @@ def _chance(name: str, metric: Metric) -> str:
             f"{where} is above {metric.chance:.4g}, but always giving the same answer scores {metric.constant:.4g}: "
             f"not distinguishable from no knowledge, so beating it shows nothing."
         )
+    if metric.high is not None and metric.high < metric.chance:
+        return (
+            f"{where} is below {metric.chance:.4g}, but within what always giving one answer scores: not "
+            f"distinguishable from no knowledge, so beating it shows nothing."
+        )
     return f"{where} is {AT} ({metric.chance:.4g}): beating it shows nothing."
 
 
