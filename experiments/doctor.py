@@ -111,5 +111,8 @@ def corpus(path: str) -> dict[str, str]:
     from acodm_env.corpus import open_corpus
 
     store = open_corpus(path)
-    sizes = {name: f"{size:,} tokens" for name, size in zip(store.domains, store.sizes_tokens("train"), strict=True)}
+    sizes = {
+        name: f"{size:,} tokens" if size else "target, evaluated only"
+        for name, size in zip(store.domains, store.sizes_tokens("train"), strict=True)
+    }
     return {"corpus": f"{store.path} ({store.fingerprint[:16]})"} | {f"  {name}": size for name, size in sizes.items()}

@@ -38,6 +38,8 @@ class PrepareConfig:
     """Files, or hub dataset, of the validation split; default: a share of the source."""
     test: str | None = None
     """Files, or hub dataset, of the test split; default: a share of the source."""
+    targets: str | None = None
+    """Files, or hub dataset, of domains to be evaluated and never trained on: half validation, half test."""
     splits: str = "0.9,0.05,0.05"
     """Shares of train, validation and test (characters; above 256 MB and from the hub: documents); of those that are
     not given as files."""
@@ -74,6 +76,7 @@ class PrepareConfig:
             source=self._source(source),
             validation=self._source(validation) if validation else None,
             test=self._source(test) if test else None,
+            targets=self._source(self.targets) if self.targets else None,
             splits=self._shares(),
             tokenizer=self.tokenizer,
             shard_bytes=self.shard_mib << 20,
@@ -109,6 +112,8 @@ def run(config: PrepareConfig) -> None:
     store = prepare(config.preparation(), Path(config.out), workers=config.workers, quiet=config.quiet)
     if not config.quiet:
         say(table(store))
+    if targets := [domain for domain in store.domains if domain not in store.trainable]:
+        say(f"targets, evaluated only: {', '.join(targets)}")
     for domain in store.record["dropped"]:
         say(f"left out: {domain['name']} ({domain['reason']})")
     for entry in store.record["left_out"]:

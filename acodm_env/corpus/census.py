@@ -20,7 +20,7 @@ class Census:
     """What was counted while the documents went by, and the errors that need the counts."""
 
     names: dict[str, str]
-    """What the user gave, by "source", "validation", "test"."""
+    """What the user gave, by "source", "validation", "test", "targets"."""
     texts: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Documents by (given as, domain)."""
     blank: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -38,17 +38,29 @@ class Census:
         holds_text = bool(document.text.strip())
         counter, key = self.texts if holds_text else self.blank, (given_as, document.domain)
         if key not in counter:
-            self._check_number(*key)
+            self._check_new(*key)
         counter[key] += 1
         return holds_text
 
-    def _check_number(self, given_as: str, newest: str) -> None:
+    def _check_new(self, given_as: str, newest: str) -> None:
+        self._check_clash(given_as, newest)
         before = {domain for name, domain in (*self.texts, *self.blank) if name == given_as}
         if len(before | {newest}) > MOST_DOMAINS:
             raise DataError(
                 f"{given_as}={self.names[given_as]}: must hold at most {MOST_DOMAINS:,} domains; it holds more, the "
                 f"last one is '{newest:.60}'; is --domain-field the right field? name another one, or put the files "
                 f"into a folder for each domain"
+            )
+
+    def _check_clash(self, given_as: str, newest: str) -> None:
+        """No name may be that of a domain to train on and of a target."""
+        seen = {name for name, domain in (*self.texts, *self.blank) if domain == newest}
+        if other := [name for name in seen if (name == "targets") != (given_as == "targets")]:
+            theirs = other[0] if given_as == "targets" else given_as
+            raise DataError(
+                f"domain={newest}: must be a domain to train on or a target, not both; "
+                f"targets={self.names['targets']} and {theirs}={self.names[theirs]} both hold it; give it another "
+                f"name in one of the two, or leave it out there (the domains of the source are evaluated anyway)"
             )
 
     def state(self) -> dict[str, Any]:
@@ -75,6 +87,7 @@ class Census:
         for split in ("validation", "test"):
             if split in self.names:
                 self._check_own(split, known)
+        self._check_targets()
         for split in SPLITS:
             self._check_left_out(split, known)
             if missing := [domain for domain in known if not self.splits[domain, split]]:
@@ -117,6 +130,19 @@ class Census:
                     f"{self.texts[given_as, domain]:,} in {given_as}={self.names[given_as]} stand in "
                     f"{' or '.join(f'{name}={self.names[name]}' for name in earlier)} too and were left out; add "
                     f"others, or leave the domain out"
+                )
+
+    def _check_targets(self) -> None:
+        """Every target must have text in both held-out splits."""
+        for domain in self._domains("targets"):
+            if missing := [split for split in SPLITS[1:] if not self.splits[domain, split]]:
+                number, given = self.texts["targets", domain], f"targets={self.names['targets']}"
+                earlier = sorted(first for first, late in self.left_out if late == "targets")
+                raise DataError(
+                    f"domain={domain}: must have held-out documents in validation and test, since it is a target; it "
+                    f"has none in {' and '.join(missing)}, {given} holds {number:,}"
+                    + (f", less those that stand in {' or '.join(earlier)} too" if earlier else "")
+                    + "; add documents, or leave the target out"
                 )
 
     def _check_own(self, split: str, known: list[str]) -> None:

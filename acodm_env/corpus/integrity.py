@@ -43,6 +43,8 @@ def stored_files(path: Path, record: Mapping[str, Any]) -> Iterator[StoredFile]:
             owner = f"domain '{entry['name']}', {split}"
             if sum(shard["tokens"] for shard in part["shards"]) != part["tokens"]:
                 raise ValueError(f"the shards of {owner} do not hold its {part['tokens']} tokens")
+            if split == "train" and not part["shards"]:
+                continue  # a target: nothing was written
             num_bytes = int(part["documents_bytes"])
             yield StoredFile(path / part["documents_file"], num_bytes, part["documents_sha256"], None, owner)
             for shard in part["shards"]:

@@ -26,8 +26,8 @@ import numpy as np
 from acodm_env.corpus.installation import Package, below, core_distributions, standard_library
 from acodm_env.errors import DataError
 
-VERSION = 1
-"""Raised whenever the harvest changes, so that an older cached store is not taken for this one."""
+VERSION = 2
+"""Raised whenever the harvest or its splits change, so that an older cached store is not taken for this one."""
 
 DOMAINS = ("arithmetic", "headers", "licences", "manifests", "prose", "python", "structured", "stubs")
 DOMAIN_CHARS = 3_000_000

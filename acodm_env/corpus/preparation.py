@@ -25,6 +25,8 @@ class Preparation:
     source: Source
     validation: Source | None = None
     test: Source | None = None
+    targets: Source | None = None
+    """Domains to be evaluated, never trained on: half of their text is for validation, half for test."""
     splits: tuple[float, float, float] = (0.9, 0.05, 0.05)
     """Shares of train, validation and test, in characters; of those not given as sources of their own."""
     tokenizer: str = "train:2048"
@@ -47,8 +49,8 @@ class Preparation:
             raise ConfigError(f"shard_bytes={self.shard_bytes}: must be a multiple of 4, at least 4 bytes")
 
     def sources(self) -> dict[str, Source]:
-        """The sources by what they are given as: "source" and, where the user has their own, "validation", "test"."""
-        given = {"source": self.source, "validation": self.validation, "test": self.test}
+        """The sources by what they are given as: "source" and, where given, "validation", "test", "targets"."""
+        given = {"source": self.source, "validation": self.validation, "test": self.test, "targets": self.targets}
         return {name: source for name, source in given.items() if source is not None}
 
     def shares(self) -> dict[str, float]:
@@ -77,7 +79,7 @@ class Inputs:
 
     preparation: Preparation
     files: Mapping[str, list[Path]]
-    """Files by "source", "validation", "test"; none for "pocket" and hub names."""
+    """Files by "source", "validation", "test", "targets"; none for "pocket" and hub names."""
     revisions: Mapping[str, str] = field(default_factory=dict)
     """The commits of hub data sets."""
 
@@ -121,13 +123,17 @@ class Inputs:
 
     def text_bytes(self) -> int | None:
         """About how much text there is to read, compressed files counted fourfold; None for "pocket" and the hub."""
-        if not all(self.files.values()):
-            return None
-        return sum(
-            file.stat().st_size * (1 if file.name.endswith(_PLAIN) else _EXPANSION) for file in self.source_files()
-        )
+        return _text_bytes(self.source_files()) if all(self.files.values()) else None
 
     def balanced(self) -> bool:
         """Whether every split gets its part of every domain: for "pocket", and files up to `BALANCED_BYTES`."""
         size = self.text_bytes()
         return not self._hub_names() if size is None else size <= BALANCED_BYTES
+
+    def few_targets(self) -> bool:
+        """Whether the targets are few enough to be shared out evenly, however large the source is."""
+        return 0 < _text_bytes(self.files.get("targets", [])) <= BALANCED_BYTES
+
+
+def _text_bytes(files: list[Path]) -> int:
+    return sum(file.stat().st_size * (1 if file.name.endswith(_PLAIN) else _EXPANSION) for file in files)

@@ -19,7 +19,7 @@ from acodm_env.corpus.preparation import Inputs, Preparation
 from acodm_env.corpus.progress import Progress
 from acodm_env.corpus.shards import ShardWriter, token_dtype
 from acodm_env.corpus.sources import Source
-from acodm_env.corpus.splits import Assigned, Assignment, assign, sample
+from acodm_env.corpus.splits import Assigned, Assignment, Plan, assign, sample
 from acodm_env.corpus.streams import Document
 from acodm_env.corpus.tokenizer import end_of_document, load_tokenizer, train_tokenizer, vocab_size
 from acodm_env.corpus.tokens import FORMAT_VERSION, TokenStore, fingerprint
@@ -125,14 +125,15 @@ def _write(inputs: Inputs, place: Workplace, workers: int, quiet: bool) -> None:
     preparation, files = inputs.preparation, inputs.all_files()
     place.resume(preparation.record(), files)
     inputs = inputs.at_revisions(place.journal.get("revisions"))
-    dropped, file = _Dropped(), place.store / "tokenizer.json"
+    dropped, file, plan = _Dropped(), place.store / "tokenizer.json", None
     if not place.journal:
         write_json(place.store / FILES, file_states(files, whole=inputs.balanced()))
-        _write_tokenizer(inputs, file, dropped, quiet)
+        plan = _write_tokenizer(inputs, file, dropped, quiet)
         place.commit(preparation=preparation.record(), revisions=inputs.revisions, **_tokenizer_record(file))
     dtype = np.dtype(place.journal["dtype"])
     writer = ShardWriter(place.store, dtype, preparation.shard_bytes, place.journal.get("written"))
-    assignment = assign(inputs, dropped, place.journal.get("position"), _held_out(preparation, writer))
+    position = place.journal.get("position")
+    assignment = assign(inputs, dropped, position, _held_out(position, preparation, writer), plan)
     text_bytes = inputs.text_bytes()
     if preparation.source.name == "pocket" or (text_bytes is not None and text_bytes < WORKERS_BYTES):
         workers = 1
@@ -168,19 +169,25 @@ def _tokenizer_record(file: Path) -> dict[str, Any]:
     }
 
 
-def _write_tokenizer(inputs: Inputs, file: Path, dropped: "_Dropped", quiet: bool) -> None:
-    """Load the tokenizer, or train it: on all train documents of a small source, on a sample of a large one."""
-    setting = inputs.preparation.tokenizer
+def _write_tokenizer(inputs: Inputs, file: Path, dropped: "_Dropped", quiet: bool) -> Plan | None:
+    """Load the tokenizer, or train it: on all train documents of a small source, on a sample of a large one.
+
+    Returns:
+        The plan of the splits where one was made.
+    """
+    setting, plan = inputs.preparation.tokenizer, None
     if not setting.startswith("train:"):
         tokenizer = load_tokenizer(setting)
     elif inputs.balanced():
         assignment = assign(inputs, dropped)
         with Progress(inputs, assignment, None, quiet) as progress:
             tokenizer = train_tokenizer(setting, _train_documents(assignment, progress))
+        plan = assignment.plan
     else:
         tokenizer = train_tokenizer(setting, sample(inputs))
     with atomic_file(file) as content:
         content.write(tokenizer.to_str(pretty=True).encode())
+    return plan
 
 
 def _train_documents(assignment: Assignment, progress: "Progress") -> Iterator[Document]:
@@ -191,13 +198,16 @@ def _train_documents(assignment: Assignment, progress: "Progress") -> Iterator[D
     assignment.finish()
 
 
-def _held_out(preparation: Preparation, writer: ShardWriter) -> dict[str, np.ndarray]:
-    """Hashes of the documents that were written from the user's own validation and test."""
-    own = [split for split in ("validation", "test") if split in preparation.sources()]
-    files = {split: writer.documents_of(split) for split in own}
-    return {
-        split: np.concatenate([np.fromfile(file, dtype=np.uint64) for file in of]) for split, of in files.items() if of
-    }
+def _held_out(position: dict[str, Any] | None, preparation: Preparation, writer: ShardWriter) -> dict[str, np.ndarray]:
+    """Hashes of the documents that were written from the user's own validation and test, and from the targets."""
+    counted = ((position or {}).get("census") or {}).get("texts", [])
+    targets = {domain for given_as, domain, _ in counted if given_as == "targets"}
+    files: dict[str, list[Path]] = {}
+    for split in ("validation", "test"):
+        for domain, file in writer.documents_of(split).items():
+            if domain in targets or split in preparation.sources():
+                files.setdefault("targets" if domain in targets else split, []).append(file)
+    return {name: np.concatenate([np.fromfile(file, dtype=np.uint64) for file in of]) for name, of in files.items()}
 
 
 class _Batch(NamedTuple):

@@ -5,7 +5,7 @@ fixes (`corpus.order`), so the state is a cursor per domain. The rows of several
 many processes there are is no part of the state.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -212,11 +212,12 @@ class MixtureSampler:
 
 
 def heldout(
-    store: TokenStore, split: str, sequence_length: int, per_domain: int, seed: int
+    store: TokenStore, split: str, sequence_length: int, per_domain: int | Sequence[int], seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The fixed sequences of a split on which every evaluation of a run is made.
 
     Evenly spaced over each domain from a start drawn by `seed`; all of a domain's sequences if it has fewer.
+    `per_domain` is one number for all domains, or one for each (K,), of which some may be 0.
 
     Returns:
         Token ids (N, T) and domain indices (N,), ascending.
@@ -225,13 +226,14 @@ def heldout(
         ConfigError: `per_domain` below 1, or no such split.
         DataError: a domain holds fewer tokens than one sequence.
     """
-    if per_domain < 1:
+    wanted = [per_domain] * len(store.domains) if isinstance(per_domain, int) else per_domain
+    if max(wanted) < 1:
         raise ConfigError(f"per_domain={per_domain}: must be at least 1 sequence")
     tokens, domains = [], []
     for domain, size in enumerate(store.num_sequences(split, sequence_length)):
-        count = min(per_domain, size)
+        count = min(wanted[domain], size)
         start = np.random.default_rng([seed, domain]).random()
-        indices = ((np.arange(count) + start) * (size / count)).astype(np.int64)  # (count,), distinct: spacing >= 1
+        indices = ((np.arange(count) + start) * (size / max(count, 1))).astype(np.int64)  # (count,), distinct: spacing >= 1
         tokens.append(store.sequences(split, domain, np.minimum(indices, size - 1), sequence_length))
         domains.append(np.full(count, domain, dtype=np.int64))
     return np.concatenate(tokens), np.concatenate(domains)

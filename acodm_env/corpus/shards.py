@@ -112,15 +112,16 @@ class ShardWriter:
         self._touched.clear()
         return {"domains": list(self._numbers), "outputs": [asdict(output) for output in self._outputs]}
 
-    def documents_of(self, split: str) -> list[Path]:
-        """Files with the document hashes (uint64) that were written to a split."""
-        return [self.folder / f"{output.stem}.documents" for output in self._outputs if output.split == split]
+    def documents_of(self, split: str) -> dict[str, Path]:
+        """Files with the document hashes (uint64) that were written to a split, by domain."""
+        own = [output for output in self._outputs if output.split == split]
+        return {output.domain: self.folder / f"{output.stem}.documents" for output in own}
 
     def finish(self) -> list[dict[str, Any]]:
         """Every domain by name, as corpus.json lists them."""
         self.state()
         return [
-            {"name": domain, "splits": {split: self._listed(self._of[domain, split]) for split in SPLITS}}
+            {"name": domain, "splits": {split: self._listed(domain, split) for split in SPLITS}}
             for domain in sorted(self._numbers)
         ]
 
@@ -153,7 +154,10 @@ class ShardWriter:
             "edges_sha256": edges_sha256(file),
         }
 
-    def _listed(self, output: _Output) -> dict[str, Any]:
+    def _listed(self, domain: str, split: str) -> dict[str, Any]:
+        if (domain, split) not in self._of:
+            return {"tokens": 0, "documents": 0, "shards": []}  # train of a target
+        output = self._of[domain, split]
         documents = self.folder / f"{output.stem}.documents"
         return {
             "tokens": output.tokens,

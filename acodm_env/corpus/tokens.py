@@ -12,6 +12,8 @@ the maps. What lies in a store's folder::
 A domain's tokens are one stream cut into shards of one size; a sequence never spans two of them. A corpus whose
 held-out text was trained on is refused (method: train and test shards swapped is a known defect): up to 1 GiB on
 opening, larger ones by `verify` (`integrity`). files.json, which `prepare` alone reads, lists the source files.
+
+A domain without any train text is a target: it is only ever evaluated, and `trained` leaves it out.
 """
 
 import hashlib
@@ -24,6 +26,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from acodm_env.corpus.cut import Cut, check_cut
 from acodm_env.corpus.integrity import (
     WHOLE_BYTES,
     StoredFile,
@@ -55,13 +58,23 @@ def fingerprint(record: Mapping[str, Any]) -> str:
     digest = hashlib.sha256(str(record["tokenizer"]["sha256"]).encode())
     for entry in record["domains"]:
         parts = [entry["splits"][split] for split in SPLITS]
-        sums = [sum_ for part in parts for sum_ in (*_checksums(part), part["documents_sha256"])]
-        digest.update("\0".join([entry["name"], *sums]).encode() + b"\n")
+        sums = [sum_ for part in parts for sum_ in (*_checksums(part), *_documents_checksum(part))]
+        digest.update("\0".join([entry["name"], *sums, *_cut_marks(entry)]).encode() + b"\n")
     return digest.hexdigest()
 
 
 def _checksums(part: Mapping[str, Any]) -> list[str]:
     return [shard["sha256"] for shard in part["shards"]]
+
+
+def _documents_checksum(part: Mapping[str, Any]) -> list[str]:
+    return [part["documents_sha256"] if part["shards"] else "none"]
+
+
+def _cut_marks(entry: Mapping[str, Any]) -> list[str]:
+    """What a cut adds to fingerprint and digest; nothing for a whole domain."""
+    cut = Cut.of(entry)
+    return [f"cut {cut.sequences} x {cut.sequence_length}"] if cut else []
 
 
 class TokenStore:
@@ -76,6 +89,7 @@ class TokenStore:
         self.end_of_document = int(record["tokenizer"]["end_of_document"])
         self.fingerprint = str(record["fingerprint"])
         self.dtype = np.dtype(record["dtype"])
+        self._cuts = [Cut.of(entry) for entry in record["domains"]]
         self._bounds: dict[tuple[str, int, int], NDArray[np.int64]] = {}
 
     @classmethod
@@ -131,19 +145,70 @@ class TokenStore:
         if not domains or len(set(domains)) != len(domains):
             raise ConfigError(f"domains={','.join(domains)}: must name at least one domain, each once")
         entries = {entry["name"]: entry for entry in self.record["domains"]}
-        record = {**self.record, "domains": [entries[self.domains[self._index(name)]] for name in domains]}
+        return self._holding([entries[self.domains[self._index(name)]] for name in domains])
+
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        """Names of the domains that hold text to train on; the others are targets."""
+        sizes = zip(self.domains, self._parts("train"), strict=True)
+        return tuple(domain for domain, part in sizes if part["tokens"])
+
+    def trained(self) -> "TokenStore":
+        """The store as if it held nothing but its trainable domains; itself if they all are.
+
+        Raises:
+            DataError: none is.
+        """
+        if not self.trainable:
+            raise DataError(
+                f"corpus={self.path}: must hold a domain to train on; {', '.join(self.domains)} hold held-out text "
+                f"only; choose training domains too"
+            )
+        return self if self.trainable == self.domains else self.subset(self.trainable)
+
+    def cut(self, sequences: Mapping[str, int], sequence_length: int) -> "TokenStore":
+        """The store as if the train splits of some domains held only so many sequences, evenly spaced over each.
+
+        The held-out splits stay as they are. A cut domain has a digest of its own, gives sequences of no other
+        length, and still counts all its documents. A domain may be cut again.
+
+        Args:
+            sequences: how many are left, by domain.
+            sequence_length: tokens of each.
+
+        Raises:
+            ConfigError: no such domain, fewer than one sequence, or more than it holds.
+        """
+        entries = list(self.record["domains"])
+        for domain, number in sequences.items():
+            index = self._index(domain)
+            check_cut(domain, number, self._count("train", index, sequence_length))
+            entries[index] = {**entries[index], "cut": Cut(number, sequence_length)._asdict()}
+        return self._holding(entries)
+
+    def _holding(self, entries: list[Mapping[str, Any]]) -> "TokenStore":
+        record = {**self.record, "domains": entries}
         return TokenStore(self.path, {**record, "fingerprint": fingerprint(record)})
 
-    def __reduce__(self) -> tuple[Callable[[str, tuple[str, ...], str], "TokenStore"], tuple[Any, ...]]:
-        return _reopen, (str(self.path), self.domains, self.fingerprint)
+    def __reduce__(self) -> tuple[Callable[..., "TokenStore"], tuple[Any, ...]]:
+        cuts = tuple((domain, *cut) for domain, cut in zip(self.domains, self._cuts, strict=True) if cut)
+        return _reopen, (str(self.path), self.domains, cuts, self.fingerprint)
 
     def tokens(self, domain: str, split: str) -> NDArray[Any]:
         """All token ids of a domain in a split (N,), read-only: memory-mapped, or copied if it has several shards.
 
+        Of a cut domain, what is left of it.
+
         Raises:
             ConfigError: no such domain or split.
         """
-        part = self._part(split, self._index(domain))
+        index = self._index(domain)
+        part = self._part(split, index)
+        if cut := self._cut(split, index):
+            left = self.sequences(split, index, np.arange(cut.sequences), cut.sequence_length)
+            kept = left.reshape(-1).astype(self.dtype)
+            kept.flags.writeable = False
+            return kept
         if len(part["shards"]) == 1:
             return self._map(part["shards"][0])
         flat, end = np.empty(int(part["tokens"]), dtype=self.dtype), 0
@@ -155,7 +220,11 @@ class TokenStore:
 
     def sizes_tokens(self, split: str) -> tuple[int, ...]:
         """Tokens per domain (K,) in a split."""
-        return tuple(int(part["tokens"]) for part in self._parts(split))
+        cuts = [self._cut(split, index) for index in range(len(self.domains))]
+        return tuple(
+            cut.sequences * cut.sequence_length if cut else int(part["tokens"])
+            for cut, part in zip(cuts, self._parts(split), strict=True)
+        )
 
     def domain_digest(self, domain: str) -> str:
         """SHA-256 over a domain's train tokens and the tokenizer: equal digests, equal sequences to train on.
@@ -163,8 +232,9 @@ class TokenStore:
         Raises:
             ConfigError: no such domain.
         """
-        train = self._part("train", self._index(domain))
-        return hashlib.sha256("\0".join([self.record["tokenizer"]["sha256"], *_checksums(train)]).encode()).hexdigest()
+        index = self._index(domain)
+        sums = [*_checksums(self._part("train", index)), *_cut_marks(self.record["domains"][index])]
+        return hashlib.sha256("\0".join([self.record["tokenizer"]["sha256"], *sums]).encode()).hexdigest()
 
     def num_documents(self, split: str) -> tuple[int, ...]:
         """Documents per domain (K,) in a split."""
@@ -174,10 +244,16 @@ class TokenStore:
         """Whole, non-overlapping sequences of `sequence_length` tokens per domain (K,); none spans two shards.
 
         Raises:
-            DataError: a domain has fewer than one.
+            DataError: a domain has fewer than one, as targets have in train.
+            ConfigError: a domain was cut for sequences of another length.
         """
-        counts = tuple(int(self._starts(split, index, sequence_length)[-1]) for index in range(len(self.domains)))
+        counts = tuple(self._count(split, index, sequence_length) for index in range(len(self.domains)))
         for domain, part, count in zip(self.domains, self._parts(split), counts, strict=True):
+            if count == 0 and not part["shards"]:
+                raise DataError(
+                    f"domain={domain}: must hold text to train on; it is a target, with held-out text only; leave it "
+                    f"out of the domains to train on (`TokenStore.trained`)"
+                )
             if count == 0:
                 longest = max(shard["tokens"] for shard in part["shards"])
                 raise DataError(
@@ -203,6 +279,9 @@ class TokenStore:
             Token ids, int64 (n, T).
         """
         starts = self._starts(split, domain_index, sequence_length)
+        if cut := self._cut(split, domain_index):
+            cut.check_length(self.domains[domain_index], sequence_length)
+            indices = cut.places(np.asarray(indices), int(starts[-1]))
         shards = self._part(split, domain_index)["shards"]
         if len(shards) == 1:
             only: NDArray[np.int64] = self._rows(shards[0], sequence_length)[indices].astype(np.int64)
@@ -217,7 +296,10 @@ class TokenStore:
 
     def document_hashes(self, split: str, domain_index: int) -> NDArray[np.uint64]:
         """Hashes (uint64) of a domain's documents in a split, in the order of the documents; memory-mapped."""
-        file = self.path / str(self._part(split, domain_index)["documents_file"])
+        part = self._part(split, domain_index)
+        if not part["shards"]:
+            return np.empty(0, dtype=np.uint64)
+        file = self.path / str(part["documents_file"])
         return np.memmap(file, dtype="<u8", mode="r")
 
     def _index(self, domain: str) -> int:
@@ -233,6 +315,16 @@ class TokenStore:
             unknown("split", split, SPLITS)
         part: Mapping[str, Any] = self.record["domains"][domain_index]["splits"][split]
         return part
+
+    def _cut(self, split: str, domain_index: int) -> Cut | None:
+        return self._cuts[domain_index] if split == "train" else None
+
+    def _count(self, split: str, domain_index: int, sequence_length: int) -> int:
+        """Sequences of a domain."""
+        if cut := self._cut(split, domain_index):
+            cut.check_length(self.domains[domain_index], sequence_length)
+            return cut.sequences
+        return int(self._starts(split, domain_index, sequence_length)[-1])
 
     def _starts(self, split: str, domain_index: int, sequence_length: int) -> NDArray[np.int64]:
         """Index of every shard's first sequence, and the number of all (number of shards + 1,)."""
@@ -283,11 +375,15 @@ def _mapped(file: str, dtype: "np.dtype[Any]", checksum: str) -> NDArray[Any]:
     return np.frombuffer(memory, dtype=dtype)
 
 
-def _reopen(path: str, domains: tuple[str, ...], fingerprint: str) -> TokenStore:
+def _reopen(
+    path: str, domains: tuple[str, ...], cuts: tuple[tuple[str, int, int], ...], fingerprint: str
+) -> TokenStore:
     """Open a pickled store again; its checksums were compared when it was first opened."""
     store = TokenStore.open(path, verify=False)
     if store.domains != domains:
         store = store.subset(domains)
+    for domain, sequences, sequence_length in cuts:
+        store = store.cut({domain: sequences}, sequence_length)
     if store.fingerprint != fingerprint:
         raise DataError(f"corpus={path}: must have fingerprint {fingerprint[:12]}…; it was replaced while in use")
     return store

@@ -23,7 +23,7 @@ from acodm_env.errors import DataError
 from acodm_env.files import disk_errors, read_json, write_json
 from acodm_env.lock import claimed
 
-JOURNAL_VERSION = 2
+JOURNAL_VERSION = 3
 COMMIT_SECONDS = 5.0
 """Least time between two commits; a kill loses the work since the last one and the batches under way."""
 
