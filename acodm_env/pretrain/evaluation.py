@@ -1,6 +1,5 @@
 """What a run is judged by: held-out targets, their weights in the objective, and their losses on fixed sequences."""
 
-import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -9,7 +8,7 @@ from numpy.typing import NDArray
 
 from acodm_env.corpus.sampler import heldout
 from acodm_env.corpus.tokens import TokenStore
-from acodm_env.errors import ConfigError, unknown
+from acodm_env.objective import normalised
 from acodm_env.pretrain.config import LMConfig
 from acodm_env.pretrain.ranks import Ranks
 from acodm_env.trainer import Array
@@ -23,17 +22,7 @@ def parse_objective(
     Raises:
         ConfigError: an unknown target, a negative weight, or none that is positive.
     """
-    if not objective:
-        return store.domains, ()
-    for name, weight in objective.items():
-        if name not in store.domains:
-            unknown("objective.<target>", name, store.domains)
-        if not (math.isfinite(weight) and weight >= 0):
-            raise ConfigError(f"objective.{name}={weight}: must be a finite weight of at least 0")
-    total = sum(objective.values())
-    if total <= 0:
-        raise ConfigError(f"objective={dict(objective)}: must have a positive weight; all are 0")
-    return tuple(objective), tuple(weight / total for weight in objective.values())
+    return normalised(objective, store.domains) if objective else (store.domains, ())
 
 
 class HeldOut:
@@ -49,22 +38,30 @@ class HeldOut:
         sizes = [targets.num_sequences(split, config.sequence_length) for split in ("validation", "test")]
         self.num_tokens = sum(min(size, config.eval_sequences) for size in sizes[0]) * config.sequence_length
         """Tokens of one evaluation."""
-        self._rows: dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
+        self._rows: dict[tuple[str, tuple[int, ...]], tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
 
     @torch.no_grad()
-    def losses(self, split: str, token_losses: Callable[[NDArray[np.int64]], torch.Tensor]) -> Array:
-        """Mean token losses in nats (M,).
+    def losses(
+        self,
+        split: str,
+        token_losses: Callable[[NDArray[np.int64]], torch.Tensor],
+        counts: tuple[int, ...] | None = None,
+    ) -> Array:
+        """Mean token losses in nats (M,); NaN for a target of which nothing is read.
 
         Args:
             split: "validation" or "test".
             token_losses: of token ids (B, T), (B, T-1) in nats; called equally often on all processes.
+            counts: sequences of each target (M,); None: as configured.
         """
-        if split not in self._rows:
-            length, per_domain = self.config.sequence_length, self.config.eval_sequences
-            self._rows[split] = heldout(self.targets, split, length, per_domain, seed=0)
-        tokens, targets = self._rows[split]
+        counts = (self.config.eval_sequences,) * len(self.targets.domains) if counts is None else counts
+        if not any(counts):
+            return np.full(len(counts), np.nan)
+        if (split, counts) not in self._rows:
+            self._rows[split, counts] = heldout(self.targets, split, self.config.sequence_length, counts, seed=0)
+        tokens, targets = self._rows[split, counts]
         world, rank = self.ranks.world, self.ranks.rank
-        least = 32 if self.config.accumulation == 1 else 1  # who accumulates has no memory for more
+        least = 16 if self.config.accumulation == 1 else 1  # who accumulates has no memory for more
         size = max(self.config.local_batch(world), least)
         padded = -(-len(tokens) // world) * world  # with rows that do not count: processes go in step
         mine = np.arange(rank, padded, world)

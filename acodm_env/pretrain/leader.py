@@ -78,10 +78,10 @@ class Led(TrainerWrapper):
         with self._all("step", units=units.tolist(), factors=None if factors is None else factors.tolist()):
             return self.inner.step(units / UNITS, factors)
 
-    def evaluate(self, split: str) -> Array:
+    def evaluate(self, split: str, sequences: int | None = None) -> Array:
         """Mean held-out losses in nats (M,), a part of the sequences on each process."""
-        with self._all("evaluate", split=split):
-            return self.inner.evaluate(split)
+        with self._all("evaluate", split=split, sequences=sequences):
+            return self.inner.evaluate(split, sequences)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on, gathered from all processes."""
@@ -147,7 +147,7 @@ def _serve(trainer: "LMTrainer") -> None:
                 factors = None if order["factors"] is None else np.array(order["factors"], dtype=np.float64)
                 trainer.step(np.array(order["units"]) / UNITS, factors)
             elif command == "evaluate":
-                trainer.evaluate(order["split"])
+                trainer.evaluate(order["split"], order["sequences"])
             elif command == "state_dict":
                 trainer.state_dict()
             elif command == "model_state":

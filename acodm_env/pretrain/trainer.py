@@ -15,14 +15,17 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
+from acodm_env.corpus.affinity import Affinity
 from acodm_env.corpus.loader import Loader
 from acodm_env.corpus.sampler import Batch, MixtureSampler
 from acodm_env.corpus.tokens import TokenStore
 from acodm_env.errors import ConfigError
+from acodm_env.objective import check_metric
 from acodm_env.pretrain.checkpoint import hand_out, load_model, load_optimizer, to_numpy, to_torch
 from acodm_env.pretrain.config import LMConfig, resolve_device
 from acodm_env.pretrain.evaluation import HeldOut, parse_objective
 from acodm_env.pretrain.gradients import DomainGradients, GradientProbe, order_rows
+from acodm_env.pretrain.head import FusedHead
 from acodm_env.pretrain.measurement import Measured, StepRecord, halves, skipped
 from acodm_env.pretrain.models import build_model, flops_per_token, model_config, observed_layers, probed_layers
 from acodm_env.pretrain.ranks import Ranks
@@ -50,6 +53,7 @@ class LMTrainer:
         accelerator: "Accelerator | None" = None,
         *,
         objective: Mapping[str, float] | None = None,
+        metric: str = "loss",
         heldout_store: TokenStore | None = None,
         reference: Mapping[str, Any] | None = None,
     ):
@@ -60,6 +64,7 @@ class LMTrainer:
             store: the domains to train on.
             accelerator: of a target run; None is plain torch.
             objective: weight of each held-out target; None weighs all domains equally.
+            metric: what the objective averages, "loss" or "perplexity".
             heldout_store: where the targets are looked up, if not among the training domains.
             reference: state (`bare_model`'s, as numpy arrays) of a model of the same shape that scores every
                 token, so that excess losses can be measured.
@@ -93,6 +98,8 @@ class LMTrainer:
             domains=store.domains,
             targets=names,
             objective=weights,
+            metric=check_metric(metric),
+            affinity=Affinity(store, (heldout_store or store).subset(names), config.sequence_length),
             eval_tokens=self._held_out.num_tokens,
             sizes_tokens=store.sizes_tokens("train"),
             batch_size=config.batch_size,
@@ -117,6 +124,7 @@ class LMTrainer:
             self._reference = self._frozen_copy(model_seed)
         self.wrapping: Wrapping = wrap(model, config, self.accelerator, self.device)
         self.model, self.bare_model = self.wrapping.model, self.wrapping.bare
+        self._heads = self._fused_heads()
         self.optimizer = self.wrapping.optimizer
         self.close()
         self.sampler = MixtureSampler(self.store, "train", config.batch_size, config.sequence_length, seed=data_seed)
@@ -143,6 +151,15 @@ class LMTrainer:
         model = build_model(config.model, self.store.vocab_size, config.sequence_length, seed)
         model.load_state_dict(to_torch(self._reference_state))
         return model.to(self.device).eval().requires_grad_(False)
+
+    def _fused_heads(self) -> dict[torch.nn.Module, FusedHead]:
+        """Of the models that need no logits: called as they are, by one process, in float32 on a CPU."""
+        config = self.config
+        shared = self.ranks.world > 1 or is_divided(config, self.accelerator)
+        if self.device.type != "cpu" or shared or self.bf16 or config.compile:
+            return {}
+        models = [model for model in (self.bare_model, self._reference) if model is not None]
+        return {model: head for model in models if (head := FusedHead.of(model)) is not None}
 
     def step(self, weights: Array, loss_weights: Array | None = None) -> StepStats:
         """One optimiser step.
@@ -218,6 +235,8 @@ class LMTrainer:
     def _token_losses(self, model: torch.nn.Module, rows: NDArray[np.int64]) -> torch.Tensor:
         """Losses (B, T-1) in nats, float32, of token ids (B, T), on the device."""
         tokens = torch.from_numpy(rows).to(self.device)  # (B, T)
+        if (head := self._heads.get(model)) is not None:
+            return head.token_losses(tokens)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             logits = model(input_ids=tokens[:, :-1], use_cache=False).logits  # (B, T-1, V)
         of_tokens = self._cross_entropy if torch.is_grad_enabled() else _cross_entropy
@@ -298,10 +317,14 @@ class LMTrainer:
         with np.errstate(invalid="ignore"):  # weights that overflowed
             return norms, changes / np.maximum(norms, 1e-12)
 
-    def evaluate(self, split: str) -> Array:
-        """Mean token losses in nats (M,) on the fixed held-out sequences of `split`."""
+    def evaluate(self, split: str, sequences: int | None = None) -> Array:
+        """Mean token losses in nats (M,) on the fixed held-out sequences of `split`.
+
+        With `sequences`, on so many in all (`objective.probe_counts`): NaN for a target of which none is left.
+        """
+        counts = None if sequences is None else self.info.probe_counts(sequences)
         self.bare_model.eval()
-        losses = self._held_out.losses(split, lambda rows: self._token_losses(self.bare_model, rows))
+        losses = self._held_out.losses(split, lambda rows: self._token_losses(self.bare_model, rows), counts)
         self.bare_model.train()
         return losses
 

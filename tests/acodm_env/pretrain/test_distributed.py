@@ -107,7 +107,8 @@ def assert_same_state(mine, theirs, *, exactly):
     for kind, entries in (("model", mine["model"]), ("snapshot", mine["snapshot"])):
         assert entries.keys() == theirs[kind].keys()
         for name, array in entries.items():
-            np.testing.assert_allclose(array, theirs[kind][name], rtol=0, atol=0 if exactly else 1e-5, err_msg=name)
+            # 2e-5: other sums alone move weights by 1e-5, most of all key biases, whose gradient is 0 but for rounding
+            np.testing.assert_allclose(array, theirs[kind][name], rtol=0, atol=0 if exactly else 2e-5, err_msg=name)
     assert mine["optimizer"]["state"].keys() == theirs["optimizer"]["state"].keys()
     for key, entry in mine["optimizer"]["state"].items():
         for name, array in entry.items():

@@ -175,10 +175,10 @@ def test_without_an_objective_the_domains_count_equally(tiny_store):
 @pytest.mark.parametrize(
     ("objective", "message"),
     [
-        ({"number": 1.0}, r"objective\.<target>='number': .*did you mean 'numbers'"),
-        ({"numbers": 0.0, "verbs": 0.0}, "must have a positive weight; all are 0"),
-        ({"numbers": 1.0, "verbs": -0.5}, r"objective\.verbs=-0\.5: must be a finite weight of at least 0"),
-        ({"numbers": float("nan")}, r"objective\.numbers=nan"),
+        ({"number": 1.0}, r"targets\.<name>='number': .*did you mean 'numbers'"),
+        ({"numbers": 0.0, "verbs": 0.0}, "must hold a positive weight; all are 0"),
+        ({"numbers": 1.0, "verbs": -0.5}, r"targets\.verbs=-0\.5: must be a finite weight of at least 0"),
+        ({"numbers": float("nan")}, r"targets\.numbers=nan"),
     ],
 )
 def test_a_bad_objective_is_refused(tiny_store, objective, message):
