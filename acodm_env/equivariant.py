@@ -23,6 +23,7 @@ from acodm_env.errors import ConfigError, PolicyError, unknown
 from acodm_env.observation import FIELDS
 from acodm_env.policy import ACTIVATIONS, Layers, Policy, check_layers
 from acodm_env.trainer import Array, RunInfo
+from acodm_env.view import PER_ROW
 
 PER_DOMAIN = 0
 """Size of a field that has one entry for every domain, however many there are."""
@@ -263,7 +264,8 @@ class EquivariantPolicy(Policy):
 
     def _check_size(self, name: str, size: int, info: RunInfo) -> None:
         here = FIELDS[name].size(info)
-        wanted = info.num_domains if size == PER_DOMAIN else size
+        general = any(field in PER_ROW for field, _ in self.fields)  # those have a row for mere targets too
+        wanted = (len(info.rows) if general else info.num_domains) if size == PER_DOMAIN else size
         if here != wanted:
             raise PolicyError(
                 f"fields: '{name}' has {here} entries here, the policy reads {wanted} "

@@ -71,6 +71,11 @@ class ActionMap:
     """ε in [0, 1): share of the mixture spread evenly."""
     prior: tuple[float, ...] | None = None
     """Mixture (K,) of the zero action; None is uniform."""
+    rate: float = 1.0
+    """How far the mixture in force goes towards the one decided: h = max(rate, 1/(n+2)) at decision n ≥ 1, counted from
+    0, whose mixture is taken as it is. 1 follows at once; 0 is a running average over the whole run."""
+    tilt: float = 1.0
+    """t in (0, 1]: α becomes u^(1−t)·α^t over its sum, for an even mixture u; ½ halves the logarithm of its weights."""
 
     def __post_init__(self) -> None:
         if not (np.isfinite(self.scale) and self.scale > 0):
@@ -79,6 +84,18 @@ class ActionMap:
             raise ConfigError(f"floor={self.floor}: must be in [0, 1)")
         if self.prior is not None and min(self.prior) <= 0:
             raise ConfigError(f"prior={self.prior}: must be positive everywhere; use the floor for rare domains")
+        if not 0 <= self.rate <= 1:
+            raise ConfigError(f"rate={self.rate}: must be between 0 (a running average) and 1 (at once)")
+        if not 0 < self.tilt <= 1:
+            raise ConfigError(f"tilt={self.tilt}: must be above 0 (even) and at most 1 (the mixture as it is)")
+
+    def blend(self, before: Array, decided: Array, decision: int) -> Array:
+        """The mixture (…, K) in force after decision number `decision`, from the one before and the one decided."""
+        if decision == 0 or self.rate == 1:
+            return decided
+        step = max(self.rate, 1 / (decision + 2))
+        mixture: Array = (1 - step) * before + step * decided
+        return mixture
 
     def weights(self, action: Array, mask: NDArray[Any] | None = None) -> Array:
         """Mixture (…, K) of an action (…, K), which is clipped to [−1, 1]; float32 stays float32.
@@ -109,17 +126,23 @@ class ActionMap:
         mixture *= 1 - self.floor
         mixture /= total
         mixture += floor
+        if self.tilt != 1:
+            mixture **= self.tilt
+            mixture /= _total(mixture)
         return mixture
 
     def action(self, weights: Array) -> tuple[Array, float]:
         """Action (K,) that gives a mixture, and the largest error of a weight where it had to be clipped."""
         num_domains = len(weights)
+        wanted = weights
+        if self.tilt != 1:
+            weights = weights ** (1 / self.tilt) / (weights ** (1 / self.tilt)).sum()
         soft = np.maximum((weights - self.floor / num_domains) / (1 - self.floor), 1e-12)
         logits = (np.log(soft / soft.sum()) - self._log_prior(num_domains)) / self.scale
         # A softmax does not see a common shift. Where the range is too wide for [−1, 1], the large weights are kept.
         shift = max((logits.max() + logits.min()) / 2, logits.max() - 1.0)
         action: Array = np.clip(logits - shift, -1.0, 1.0)
-        return action, float(np.abs(self.weights(action) - weights).max())
+        return action, float(np.abs(self.weights(action) - wanted).max())
 
     def _log_prior(self, num_domains: int) -> Array:
         if self.prior is None:
@@ -168,6 +191,42 @@ class Bounds:
         projected: Array = np.clip(weights + right, low, high)
         normalised: Array = projected / projected.sum()
         return normalised
+
+
+class Controller:
+    """Turns an agent's actions into the mixture in force: its action map, and the memory that a slow one needs."""
+
+    def __init__(self, action_map: ActionMap):
+        self.action_map = action_map
+        self.start()
+
+    def start(self) -> None:
+        """Forget everything, for a new run."""
+        self.decisions = 0
+        self.mixture: Array | None = None
+
+    def take(self, action: Array, mask: NDArray[Any] | None = None, num_domains: int | None = None) -> Array:
+        """The mixture (…, K) in force after an action (…, R).
+
+        Args:
+            action: one entry per row: domains first, then targets that are none.
+            mask: (…, R) 1 for a domain that can be trained on; see `ActionMap.weights`.
+            num_domains: K; default: all rows.
+        """
+        decided = self.action_map.weights(action, mask)[..., :num_domains]
+        before = decided if self.mixture is None else self.mixture
+        self.mixture = self.action_map.blend(before, decided, self.decisions)
+        self.decisions += 1
+        return self.mixture
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a slow map remembers."""
+        return {"decisions": self.decisions, "mixture": None if self.mixture is None else self.mixture.copy()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`'s value."""
+        self.decisions = int(state["decisions"])
+        self.mixture = None if state["mixture"] is None else np.array(state["mixture"], dtype=np.float64)
 
 
 class Composer:

@@ -14,6 +14,7 @@ from numpy.typing import DTypeLike, NDArray
 from acodm_env.errors import unknown
 from acodm_env.interaction import InteractionConfig, InteractionTracker
 from acodm_env.trainer import Array, RunInfo, StepStats
+from acodm_env.view import PER_ROW, PER_RUN, Formula, View, slope
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,21 @@ def _layers(info: RunInfo) -> int:
 def _one(info: RunInfo) -> int:
     return 1
 
+
+def _rows(info: RunInfo) -> int:
+    return len(info.rows)
+
+
+def _view_field(
+    name: str, meaning: str, low: float, high: float, formula: Formula, size: Callable[[RunInfo], int]
+) -> Field:
+    """A field of `acodm_env.view`."""
+    needs = "losses validation" if name in MEASURED else ""
+    return _field(name, meaning, size, low, high, needs, lambda o: formula(o.view, np))
+
+
+MEASURED = ("marginal_value", "domain_loss", "domain_progress", "elasticity")
+"""Fields of `acodm_env.view` that need losses."""
 
 FIELDS: dict[str, Field] = {
     field.name: field
@@ -177,8 +193,13 @@ FIELDS: dict[str, Field] = {
             lambda o: o.target_losses - o.previous_target_losses,
         ),
         _field("mask", "1 for a domain, 0 for padding", _domains, 0.0, 1.0, "", lambda o: o.mask),
+        *(_view_field(name, *row, _rows) for name, row in PER_ROW.items()),
+        *(_view_field(name, *row, _one) for name, row in PER_RUN.items()),
     )
 }
+
+_SEEN = ("losses", "previous", "slopes", "drawn", "mixture", "progress")
+"""What of a view changes during a run."""
 
 DEFAULT_FIELDS: tuple[str, ...] = (
     *("loss", "delta_loss", "sample_share", "epochs", "gradient_norm", "interaction"),
@@ -226,23 +247,28 @@ class Observer:
         self.drawn: Array
         self.epochs: Array
         self.mask: Array
+        self.view: View
         self.tracker: InteractionTracker
         self.layer_norms: Array
         self.layer_changes: Array
         self.pending: Array
         self.fields = resolve_fields(fields, info)
         self.needs: frozenset[str] = frozenset().union(*(field.needs for field in self.fields))
+        self.general: bool = any(field.name in PER_ROW for field in self.fields)
         self.low = self._spread(lambda field: field.low(info))  # (D,)
         self.high = self._spread(lambda field: field.high(info))  # (D,)
         self._interaction = interaction or InteractionConfig()
         self.start(info)
 
-    def start(self, info: RunInfo, mask: Array | None = None) -> NDArray[np.float32]:
+    def start(
+        self, info: RunInfo, mask: Array | None = None, problem: Mapping[str, Array] | None = None
+    ) -> NDArray[np.float32]:
         """Forget everything and return the observation before the first step (…, D).
 
         Args:
             info: the run.
             mask: (…, K) 1 for a domain, 0 for padding; by default as `info.padding` says.
+            problem: what differs from run to run of a batch, of `View`: weights, perplexity, sizes, trainable.
         """
         num_domains = info.num_domains
         self.info = info
@@ -260,7 +286,84 @@ class Observer:
         self.layer_changes = np.zeros(info.num_layers)
         self.pending = np.full((*self.batch, info.lag, num_domains), 1 / num_domains, dtype=self._dtype)
         self.tracker = InteractionTracker(num_domains, self._interaction, self.batch)
+        self.view = self._start_view(problem or {})
         return self._vector()
+
+    def _start_view(self, problem: Mapping[str, Array]) -> View:
+        """The problem before the first step: domains first, then targets that are none of them."""
+        info, rows = self.info, self.info.rows
+        num_domains, num_rows = info.num_domains, len(rows)
+        weights, sizes = np.zeros(num_rows), np.zeros(num_rows)
+        self._targets = np.array([rows.index(name) for name in info.targets])
+        weights[self._targets] = info.objective_weights
+        run_tokens = info.horizon * info.batch_size * info.sequence_length
+        sizes[:num_domains] = np.array(info.sizes_tokens) / run_tokens
+        present = self._full(num_rows, 1.0)
+        present[..., :num_domains] = self.mask
+        trainable = np.where(np.arange(num_rows) < num_domains, present, 0.0)
+        known = {
+            "weights": weights,
+            "perplexity": np.full(1, float(info.metric == "perplexity")),
+            "sizes": np.where(present > 0, sizes, 0.0),
+            "trainable": trainable,
+            "affinity": self._affinity(),
+        } | dict(problem)
+        losses = self._full(num_rows, info.initial_loss_nats)
+        trainable = np.broadcast_to(known["trainable"], losses.shape)
+        return View(
+            **{name: np.broadcast_to(value, (*self.batch, np.shape(value)[-1])) for name, value in known.items()},
+            losses=losses,
+            previous=losses.copy(),
+            slopes=self._full(num_rows, 0.0),
+            drawn=self._full(num_rows, 0.0),
+            mixture=trainable / trainable.sum(-1, keepdims=True),
+            present=present,
+            progress=self._full(1, 0.0),
+            initial=info.initial_loss_nats,
+        )
+
+    def _affinity(self) -> Array:
+        """(R,) how near each row lies to the targets, where the fields show it and the run can tell."""
+        values, info = np.zeros(len(self.info.rows)), self.info
+        if info.affinity is not None and any(field.name == "affinity" for field in self.fields):
+            values[: info.num_domains] = info.objective_weights @ info.affinity.matrix()
+        return values
+
+    def _see(self, window: StepStats) -> None:
+        """Take the window since the last decision into the view."""
+        view, info = self.view, self.info
+        num_domains = info.num_domains
+        seen = view.losses.copy()
+        seen[..., :num_domains] = np.where(np.isfinite(window.losses), window.losses, seen[..., :num_domains])
+        if window.eval_losses is not None:
+            measured = np.isfinite(window.eval_losses)
+            if not self.batch:
+                measured &= np.asarray(view.weights)[self._targets] > 0
+            seen[..., self._targets] = np.where(measured, window.eval_losses, seen[..., self._targets])
+        earlier, now = float(view.progress.flat[0]), window.step / info.horizon
+        view.slopes = slope(seen, view.losses, view.slopes, now, earlier, np)
+        view.previous, view.losses = view.losses, seen
+        view.drawn = view.drawn.copy()
+        view.drawn[..., :num_domains] = window.drawn / (info.horizon * info.batch_size)
+        view.progress = self._full(1, now)
+
+    def choices(self) -> Array | None:
+        """(…, R) 1 for what an action may choose, where that is not everything; its rows are those of the view."""
+        if self.general:
+            return self.view.trainable
+        return self.mask if self.info.padding else None
+
+    @property
+    def num_rows(self) -> int:
+        """Entries of an action: a row for every domain, and for every target that is none where fields show those."""
+        return len(self.info.rows) if self.general else self.info.num_domains
+
+    def decided(self, mixture: Array) -> None:
+        """Take in the mixture (…, K) that is in force from now on."""
+        if not self.general:
+            return
+        self.view.mixture = self.view.mixture.copy()
+        self.view.mixture[..., : self.info.num_domains] = mixture
 
     def _full(self, size: int, value: float) -> Array:
         return np.full((*self.batch, size), value, dtype=self._dtype)
@@ -279,6 +382,8 @@ class Observer:
         if window.pending is not None:
             self.pending = window.pending
         self.tracker.update(window)
+        if self.general:
+            self._see(window)
         return self._vector()
 
     def _vector(self) -> NDArray[np.float32]:
@@ -318,6 +423,7 @@ class Observer:
         return {name: getattr(self, name) for name in self._STATE} | {
             "clipped_frac": self.clipped_frac,
             "tracker": self.tracker.state_dict(),
+            "view": {name: np.asarray(getattr(self.view, name)) for name in _SEEN},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -326,4 +432,6 @@ class Observer:
             value = state[name]
             setattr(self, name, int(value) if name == "step" else np.array(value, dtype=np.float64))
         self.clipped_frac = float(state["clipped_frac"])
+        for name, value in state.get("view", {}).items():
+            setattr(self.view, name, np.array(value, dtype=np.float64))
         self.tracker.load_state_dict(state["tracker"])

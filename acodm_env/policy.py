@@ -11,33 +11,36 @@ Two architectures share the folder's format: "dense" (here), for the domains it 
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from difflib import get_close_matches
+from functools import partial
+from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from acodm_env import layers as dense
 from acodm_env.config import from_dict
-from acodm_env.errors import PolicyError
+from acodm_env.errors import ConfigError, PolicyError
 from acodm_env.files import atomic_folder, read_json, sha256, write_json
 from acodm_env.interaction import InteractionConfig
-from acodm_env.mixture import ActionMap, Bounds
+from acodm_env.layers import ACTIVATIONS, LAYER_NORM_EPSILON, Layers, check_layers
+from acodm_env.mixture import ActionMap, Bounds, Controller
 from acodm_env.observation import FIELDS, Observer
+from acodm_env.support import check_sees, nearest_rule, outside, unusual
 from acodm_env.trainer import Array, Mixer, RunInfo, StepStats, merge
+from acodm_env.view import PER_ROW
 from acodm_env.window import load_window, window_state
 
 FORMAT_VERSION = 1
-LAYER_NORM_EPSILON = 1e-5
-"""Added to the variance in a layer normalisation; torch's default."""
-Layers = tuple[tuple[NDArray[np.float32], NDArray[np.float32], str], ...]
-ACTIVATIONS: dict[str, Callable[[NDArray[np.float32]], NDArray[np.float32]]] = {
-    "relu": lambda x: np.maximum(x, 0.0),
-    "tanh": np.tanh,
-    "identity": lambda x: x,
-    "clip": lambda x: np.clip(x, -1.0, 1.0),
-}
+__all__ = [
+    "ACTIVATIONS", "FORMAT_VERSION", "LAYER_NORM_EPSILON", "SHIPPED", "Layers", "Policy", "PolicyMixer", "check_layers",
+    "open_policy", "scaled_interval",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +59,6 @@ class Policy:
     clip: float
     """The normalised observation is clipped to ± this."""
     layers: Layers
-    """(weight (out, in), bias (out,), activation) of every dense layer. A layer with a weight (out,) normalises
-    its inputs to mean 0 and variance 1 first, and multiplies each by its weight (layer normalisation)."""
     action: ActionMap
     bounds: Bounds
     interaction: InteractionConfig
@@ -68,6 +69,8 @@ class Policy:
     lag: int = 0
     gradients: str = ""
     """How gradients were measured (`RunInfo.gradients`)."""
+    probe_sequences: int | None = None
+    """Held-out sequences of one of its measurements (`objective.probe_counts`); None: as many as the run evaluates."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Configuration, corpus fingerprint, proxy, tokens and seconds of learning, package versions."""
 
@@ -79,37 +82,20 @@ class Policy:
             mask: (K,) or (N, K), 1 for a domain, 0 for padding; only the equivariant architecture looks at it.
         """
         hidden = np.clip((observation - self.mean) / self.scale, -self.clip, self.clip).astype(np.float32)
-        for weight, bias, activation in self.layers:
-            hidden = ACTIVATIONS[activation](_affine(hidden, weight, bias))
-        return hidden
+        return dense.forward(self.layers, hidden)
 
     def untrained(self, rng: np.random.Generator) -> "Policy":
-        """The same policy with a freshly drawn actor: the control that tells learning from luck.
-
-        Weights and biases are U(−1/√n, 1/√n) for n inputs, torch's default for dense layers, with which SB3's
-        TD3, DDPG and SAC begin.
-        """
-        layers = []
-        for weight, bias, activation in self.layers:
-            if weight.ndim == 1:  # layer normalisations begin as the identity
-                layers.append((np.ones_like(weight), np.zeros_like(bias), activation))
-                continue
-            bound = 1 / np.sqrt(weight.shape[1])
-            drawn = [rng.uniform(-bound, bound, size=array.shape).astype(np.float32) for array in (weight, bias)]
-            layers.append((drawn[0], drawn[1], activation))
-        return replace(self, layers=tuple(layers), provenance={**self.provenance, "checkpoint": "untrained"})
+        """The same policy with a freshly drawn actor (`layers.fresh`): the control that tells learning from luck."""
+        provenance = {**self.provenance, "checkpoint": "untrained"}
+        return replace(self, layers=dense.fresh(self.layers, rng), provenance=provenance)
 
     def save(self, path: str | Path) -> Path:
         """Write the policy folder, atomically."""
         from safetensors.numpy import save
 
-        tensors = {}
-        for index, (weight, bias, _) in enumerate(self.layers):
-            tensors[f"layers.{index}.weight"] = np.ascontiguousarray(weight)
-            tensors[f"layers.{index}.bias"] = np.ascontiguousarray(bias)
         with atomic_folder(path) as folder:
             weights = folder / "policy.safetensors"
-            weights.write_bytes(save(tensors))
+            weights.write_bytes(save(dense.as_tensors(self.layers)))
             contract = self._contract() | {"architecture": self.architecture, "weights_sha256": sha256(weights)}
             write_json(folder / "policy.json", contract | {"contract_sha256": _digest(contract)})
         return Path(path)
@@ -121,13 +107,14 @@ class Policy:
             "fields": self._describe_fields(),
             "clip": self.clip,
             "activations": [activation for _, _, activation in self.layers],
-            "action": asdict(self.action),
+            "action": _action(self.action),
             "bounds": asdict(self.bounds),
             "interaction": asdict(self.interaction),
             "decision_every": self.decision_every,
             "horizon": self.horizon,
             "lag": self.lag,
             "gradients": self.gradients,
+            **({} if self.probe_sequences is None else {"probe_sequences": self.probe_sequences}),
             "provenance": dict(self.provenance),
         }
 
@@ -139,10 +126,16 @@ class Policy:
         ]
 
     @property
+    def support(self) -> dict[str, Any]:
+        """What it was trained for (`acodm_env.support`), {} where it declares nothing."""
+        return dict(self.provenance.get("support") or {})
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of everything that decides what the policy does."""
         contract = {name: value for name, value in self._contract().items() if name != "provenance"}
-        digest = hashlib.sha256(json.dumps(contract, sort_keys=True).encode())
+        known = contract | ({"support": self.support} if self.support else {})  # beyond it, it decides nothing
+        digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
         for weight, bias, _ in self.layers:
             digest.update(np.ascontiguousarray(weight).tobytes() + np.ascontiguousarray(bias).tobytes())
         return digest.hexdigest()
@@ -192,13 +185,9 @@ class Policy:
         """What every architecture has."""
         from safetensors.numpy import load_file
 
-        tensors = load_file(weights)
         return {
             "clip": float(contract["clip"]),
-            "layers": tuple(
-                (tensors[f"layers.{index}.weight"], tensors[f"layers.{index}.bias"], activation)
-                for index, activation in enumerate(contract["activations"])
-            ),
+            "layers": dense.from_tensors(load_file(weights), contract["activations"]),
             "action": from_dict(ActionMap, contract["action"], "action"),
             "bounds": from_dict(Bounds, contract["bounds"], "bounds"),
             "interaction": from_dict(InteractionConfig, contract["interaction"], "interaction"),
@@ -206,6 +195,7 @@ class Policy:
             "horizon": int(contract["horizon"]),
             "lag": int(contract["lag"]),
             "gradients": contract["gradients"],
+            "probe_sequences": contract.get("probe_sequences"),
             "provenance": contract["provenance"],
         }
 
@@ -217,6 +207,7 @@ class Policy:
     def check_fits(self, info: RunInfo) -> None:
         """Refuse a run whose domains or fields are not the ones learned on, naming the mismatch."""
         self._check_domains(info)
+        names = [name for name, _ in self.fields]
         for name, size in self.fields:
             if name not in FIELDS:
                 raise PolicyError(f"fields: this version of the package has no field '{name}'; export it again")
@@ -226,6 +217,8 @@ class Policy:
                     f"fields: '{name}' was learned with gradients measured as [{self.gradients}], this run measures "
                     f"[{info.gradients}]; use the same settings, or learn without the gradient fields"
                 )
+        if {*names} & {*PER_ROW}:
+            check_sees(names, info)
 
     def _check_domains(self, info: RunInfo) -> None:
         if info.domains != self.domains:
@@ -244,29 +237,14 @@ class Policy:
             )
 
 
+def _action(action: ActionMap) -> dict[str, Any]:
+    """Its settings, without a rate or tilt of 1, of which earlier versions knew nothing: equal policies are equal."""
+    return {name: value for name, value in asdict(action).items() if name not in ("rate", "tilt") or value != 1.0}
+
+
 def _quantity(gradients: str) -> str:
     """What is measured, whether whole or through a projection, which keeps inner products in expectation."""
     return re.sub(r"sketch=\S+ ?", "", gradients)
-
-
-def _affine(hidden: NDArray[np.float32], weight: NDArray[np.float32], bias: NDArray[np.float32]) -> NDArray[np.float32]:
-    """A dense layer, or a layer normalisation, before its activation."""
-    if weight.ndim == 2:
-        return hidden @ weight.T + bias
-    centred = hidden - hidden.mean(axis=-1, keepdims=True)
-    variance = np.square(centred).mean(axis=-1, keepdims=True)
-    normalised: NDArray[np.float32] = centred / np.sqrt(variance + LAYER_NORM_EPSILON) * weight + bias
-    return normalised
-
-
-def check_layers(layers: Layers, width: int, path: Path) -> int:
-    """Number of outputs, after checking that every layer takes what the one before it gives."""
-    for weight, bias, activation in layers:
-        fits = weight.shape in ((len(bias), width), (len(bias),)) and (weight.ndim == 2 or len(bias) == width)
-        if activation not in ACTIVATIONS or not fits:
-            raise PolicyError(f"{path}: layer {weight.shape} does not follow {width} inputs; export it again")
-        width = len(bias)
-    return width
 
 
 def _kind(contract: Mapping[str, Any], path: Path) -> type[Policy]:
@@ -288,18 +266,64 @@ def _digest(contract: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(contract, sort_keys=True).encode()).hexdigest()
 
 
+SHIPPED = ("generalist",)
+"""Policies of this package, by name."""
+POLICIES = resources.files("acodm_env") / "policies"
+"""Where their folders are."""
+
+
+def open_policy(policy: str | Path) -> Policy:
+    """A shipped policy by its name, or an exported one by its folder ("./generalist" is a folder, not the name).
+
+    Raises:
+        ConfigError: neither such a name nor such a folder, or the package came without its policies.
+        DataError, PolicyError: its files are damaged, see `Policy.load`.
+    """
+    name = str(policy)
+    shipped = POLICIES / name if name in SHIPPED else None
+    if shipped is not None and not (shipped / "policy.json").is_file():
+        raise ConfigError(f"policy={name}: must come with the package, and its files are not there; install it again")
+    if shipped is not None:
+        return Policy.load(str(shipped))
+    if not (Path(policy) / "policy.json").is_file():
+        near = get_close_matches(name, SHIPPED, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else "`acodm export` writes one"
+        raise ConfigError(
+            f"policy={policy}: must be {' or '.join(SHIPPED)}, or the folder of an exported policy; it holds no "
+            f"policy.json; {hint}"
+        )
+    return Policy.load(policy)
+
+
 def scaled_interval(policy: Policy, horizon: int) -> int:
     """Decision interval for a run of `horizon` steps: the learned one times the ratio of horizons, at least 1."""
     return max(1, round(policy.decision_every * horizon / policy.horizon))
 
 
 class PolicyMixer(Mixer):
-    """An exported policy driving a run: observes exactly as the environment did, computes only what it reads."""
+    """An exported policy driving a run: observes exactly as the environment did, computes only what it reads.
 
-    def __init__(self, policy: Policy, name: str = "policy"):
-        self.policy = policy
+    A run outside of the policy's training support is driven by the nearest fixed rule (`acodm_env.support`) instead.
+    """
+
+    def __init__(
+        self, policy: Policy | str | Path, name: str = "policy", say: Callable[[str], None] | None = None
+    ) -> None:
+        """Take the policy.
+
+        Args:
+            policy: a policy, or the name or folder of one (`open_policy`).
+            name: of the mixer.
+            say: told, once, why another rule than the policy drives; default: a warning.
+        """
+        self.policy = policy if isinstance(policy, Policy) else open_policy(policy)
         self.name = name
-        self.needs = frozenset().union(*(FIELDS[field].needs for field, _ in policy.fields if field in FIELDS))
+        self.probe_sequences = self.policy.probe_sequences
+        self.needs = frozenset().union(*(FIELDS[field].needs for field, _ in self.policy.fields if field in FIELDS))
+        self.rule = ""
+        """Name of the fixed rule that drives the run, "" where the policy does; known once it was started."""
+        self._say: Callable[[str], None]
+        self._say, self._said = say or partial(warnings.warn, stacklevel=5), {""}
 
     def start(self, info: RunInfo) -> None:
         """Check that the policy fits and take the first decision.
@@ -310,15 +334,35 @@ class PolicyMixer(Mixer):
         self.policy.check_fits(info)
         super().start(info)
         self.observer = Observer(info, [name for name, _ in self.policy.fields], self.policy.interaction)
+        self._controller = Controller(self.policy.action)
         self._window: StepStats | None = None
+        reasons = outside(self.policy.support, info)
+        self.rule = ""
+        if reasons:
+            self.rule, fixed = nearest_rule(info)
+            self._weights = self.policy.bounds.project(fixed)
+            self._tell(f"outside of the policy's training support: {'; '.join(reasons)}; {self.rule} drives instead")
+            return
+        self._tell("; ".join(unusual(self.policy.support, info)))
         self._decide(self.observer.start(info))
+
+    def _tell(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            self._say(f"{self.name}: {text}")
 
     def weights(self) -> Array:
         """The mixture decided last."""
         return self._weights
 
+    def due(self, step: int) -> bool:
+        """At every decision; after the last step there is none, and under a fixed rule none at all."""
+        return not self.rule and super().due(step) and (step < self.info.horizon or self.probe_sequences is None)
+
     def update(self, stats: StepStats) -> None:
         """Collect the window; decide when it is full."""
+        if self.rule:
+            return
         self._window = stats if self._window is None else merge(self._window, stats)
         if stats.step % self.info.decision_every == 0 and not stats.diverged:
             self._decide(self.observer.observe(self._window))
@@ -327,12 +371,13 @@ class PolicyMixer(Mixer):
     def _decide(self, observation: NDArray[np.float32]) -> None:
         mask = self.observer.mask if self.info.padding else None
         action = self.policy.act(observation, mask).astype(np.float64)
-        weights = self.policy.action.weights(action, mask)
-        self._weights = self.policy.bounds.project(weights, self.observer.epochs)
+        decided = self._controller.take(action, self.observer.choices(), self.info.num_domains)
+        self._weights = self.policy.bounds.project(decided, self.observer.epochs)
+        self.observer.decided(self._weights)
 
     def diagnostics(self) -> dict[str, float]:
-        """Share of the last observation that was clipped into its bounds."""
-        return {"clipped_frac": self.observer.clipped_frac}
+        """Share of the last observation that was clipped into its bounds; where a fixed rule drives, that one does."""
+        return {"fixed_rule": 1.0} if self.rule else {"clipped_frac": self.observer.clipped_frac}
 
     def state_dict(self) -> dict[str, Any]:
         """Observer, mixture, and the steps since the last decision.
@@ -340,11 +385,18 @@ class PolicyMixer(Mixer):
         Raises:
             ValueError: called between two decisions, with gradients that cannot be saved.
         """
+        if self.rule:
+            return {"weights": self._weights.copy()}
         state = {"observer": self.observer.state_dict(), "weights": self._weights.copy()}
+        state |= {"controller": self._controller.state_dict()}
         return state if self._window is None else state | {"window": window_state(self._window)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`'s value."""
+        if self.rule:
+            return
         self.observer.load_state_dict(state["observer"])
         self._weights = np.array(state["weights"], dtype=np.float64)
+        if "controller" in state:  # of runs that were saved before there were slow policies
+            self._controller.load_state_dict(state["controller"])
         self._window = load_window(state.get("window"))

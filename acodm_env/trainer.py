@@ -12,15 +12,23 @@ K is the number of training domains, M the number of held-out targets (usually t
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from acodm_env.errors import ConfigError
+from acodm_env.objective import marginal, probe_counts, value
 
 Array = NDArray[np.float64]
+
+
+class Affinity(Protocol):
+    """Affinities of domains to targets, computed when asked for; see `acodm_env.corpus.affinity`."""
+
+    def matrix(self) -> Array:
+        """(M, K) from −2 to 2."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +63,10 @@ class RunInfo:
     """SHA-256 of the corpus, where there is one."""
     objective: tuple[float, ...] = ()
     """Weights (M,) of the held-out targets in the objective, summing to 1; empty: all equal."""
+    metric: str = "loss"
+    """What the objective averages: "loss", or "perplexity" (its logarithm), see `acodm_env.objective`."""
+    affinity: "Affinity | None" = field(default=None, compare=False)
+    """How near the domains lie to the targets, where there is text to tell it from."""
     flops_per_token: float = 0.0
     """Model FLOPs of training on one token, forward and backward; a third of it is the forward pass."""
     eval_tokens: int = 0
@@ -73,6 +85,25 @@ class RunInfo:
         """(M,) weights of the held-out targets, summing to 1."""
         return np.array(self.objective) if self.objective else np.full(len(self.targets), 1 / len(self.targets))
 
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """(R,) what a policy for any problem sees one row of each: the domains, then targets that are none of them."""
+        return (*self.domains, *(name for name in self.targets if name not in self.domains))
+
+    def judge(self, losses: Array) -> float:
+        """The objective of held-out losses (M,), nats."""
+        return float(value(np.asarray(losses), self.objective_weights, self.metric == "perplexity"))
+
+    def probe_counts(self, sequences: int) -> tuple[int, ...]:
+        """Sequences (M,) of each target in a measurement of so many in all."""
+        trained = [name in self.domains for name in self.targets]
+        return probe_counts(self.objective_weights.tolist(), trained, sequences)
+
+    def marginal_values(self, losses: Array) -> Array:
+        """∂objective/∂L (M,) at held-out losses (M,)."""
+        values: Array = marginal(np.asarray(losses), self.objective_weights, self.metric == "perplexity")
+        return values
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunRequest:
@@ -90,6 +121,13 @@ class RunRequest:
     """Name of an earlier request whose final model scores the tokens (`StepStats.excess_losses`)."""
     keep_model: bool = False
     """Whether a later request refers to its final model."""
+    evaluate_at: tuple[float, ...] = ()
+    """Shares of the run, in (0, 1), after which held-out losses are wanted beside the last; each measurement is charged
+    (`acodm_env.watching` makes them)."""
+
+    def record(self) -> dict[str, Any]:
+        """As JSON has it; what was not asked for is left out, so that equal requests keep their names."""
+        return {name: value for name, value in asdict(self).items() if (name, value) != ("evaluate_at", ())}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +140,10 @@ class RunResult:
     """(M,) validation losses before the first step, nats."""
     final_losses: Array
     """(M,) validation losses after the last step, nats; NaN if the run diverged."""
+    steps: Array | None = None
+    """(n,) optimiser steps of `losses`: those of `RunRequest.evaluate_at`, then the last; None if none were wanted."""
+    losses: Array | None = None
+    """(n, M) validation losses after `steps`, nats."""
 
 
 class GradientSums(Protocol):
@@ -150,6 +192,8 @@ class StepStats:
     """(num_layers,) RMS of their change since the previous decision, relative to the norm."""
     eval_losses: Array | None = None
     """(M,) mean validation losses in nats, if someone needs them."""
+    eval_tokens: int = 0
+    """Held-out tokens behind them; over a window, all of its measurements'."""
     excess_losses: Array | None = None
     """(K,) mean over tokens of max(loss − reference model's loss, 0), nats; NaN where a domain was not drawn."""
     loss_weights: Array | None = None
@@ -200,6 +244,7 @@ def merge(first: StepStats, second: StepStats) -> StepStats:
         counts=counts,
         realised=counts / max(counts.sum(), 1.0),
         loss_tokens=tokens,
+        eval_tokens=first.eval_tokens + second.eval_tokens,
         losses=mean(first.losses, second.losses),
         excess_losses=None
         if first.excess_losses is None or second.excess_losses is None
@@ -249,7 +294,10 @@ class Trainer(Protocol):
         """Train one optimiser step on a batch composed by `weights` (K,)."""
 
     def evaluate(self, split: str) -> Array:
-        """Mean held-out losses in nats (M,), on fixed sequences of "validation" or "test"."""
+        """Mean held-out losses in nats (M,), on fixed sequences of "validation" or "test".
+
+        A trainer that can measure on fewer takes `sequences`, see `objective.probe_counts`: NaN where none is left.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on exactly."""
@@ -266,6 +314,9 @@ class Mixer(ABC):
     """Where the method comes from, such as "arXiv 2305.10429"."""
     needs: frozenset[str] = frozenset()
     """What it reads from a run: of `Trainer.provides`."""
+    probe_sequences: int | None = None
+    """Held-out sequences of one of its measurements, all targets together (`objective.probe_counts`); None: as many as
+    the run's evaluations have."""
     dynamic: bool = True
     """Whether the mixture may change during a run; a benchmark replays the time average of those that do."""
     info: RunInfo
@@ -332,15 +383,21 @@ def drive(trainer: Trainer, mixer: Mixer, num_steps: int) -> Iterator[StepStats]
     for _ in range(num_steps):
         stats = trainer.step(mixer.weights(), mixer.loss_weights())
         if "validation" in mixer.needs and not stats.diverged and mixer.due(stats.step):
-            stats = _with_validation(stats, trainer)
+            stats = with_validation(stats, trainer, mixer.probe_sequences)
         mixer.update(stats)
         yield stats
         if stats.diverged:
             return
 
 
-def _with_validation(stats: StepStats, trainer: Trainer) -> StepStats:
-    """The step with the held-out losses after it, and what they took."""
+def with_validation(stats: StepStats, trainer: Trainer, sequences: int | None = None) -> StepStats:
+    """The step with the held-out losses after it, on so many sequences, and what they took."""
     started = time.perf_counter()
-    losses = trainer.evaluate("validation")
-    return replace(stats, eval_losses=losses, seconds={**stats.seconds, "validation": time.perf_counter() - started})
+    info = trainer.info
+    if sequences is None:
+        losses, tokens = trainer.evaluate("validation"), info.eval_tokens
+    else:
+        losses = trainer.evaluate("validation", sequences)  # type: ignore[call-arg]
+        tokens = sum(info.probe_counts(sequences)) * info.sequence_length
+    seconds = {**stats.seconds, "validation": time.perf_counter() - started}
+    return replace(stats, eval_losses=losses, eval_tokens=tokens, seconds=seconds)

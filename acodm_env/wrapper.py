@@ -50,9 +50,9 @@ class TrainerWrapper:
         """One optimiser step under `weights` (K,)."""
         return self.inner.step(weights, loss_weights)
 
-    def evaluate(self, split: str) -> Array:
-        """Mean held-out losses in nats (M,)."""
-        return self.inner.evaluate(split)
+    def evaluate(self, split: str, sequences: int | None = None) -> Array:
+        """Mean held-out losses in nats (M,); on so many sequences in all, where the inner trainer knows that."""
+        return self.inner.evaluate(split) if sequences is None else self.inner.evaluate(split, sequences)  # type: ignore[call-arg]
 
     def state_dict(self) -> dict[str, Any]:
         """The inner trainer's."""
