@@ -9,7 +9,7 @@ from acodm_env.version import __version__
 
 __all__ = ["__version__"]
 
-gymnasium.register(id="acodm/ProxyPretrain-v0", entry_point="acodm_env.env:ProxyPretrainEnv")
+gymnasium.register(id="acodm/ProxyPretrain-v0", entry_point="acodm_env.proxy_env:ProxyPretrainEnv")
 gymnasium.register(
     id="acodm/Surrogate-v0",
     entry_point="acodm_env.surrogate.env:SurrogateEnv",

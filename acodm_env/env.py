@@ -1,4 +1,4 @@
-"""The Gymnasium face of a trainer: `MixtureEnv` over any `Trainer`, `ProxyPretrainEnv` over a small language model.
+"""The Gymnasium face of a trainer: `MixtureEnv` over any `Trainer`.
 
 Nothing here draws from a global random generator: every draw comes from generators spawned from `self.np_random`.
 """
@@ -9,18 +9,18 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.utils import EzPickle
 from numpy.typing import NDArray
 
 from acodm_env.config import from_dict
 from acodm_env.errors import ConfigError
 from acodm_env.interaction import InteractionConfig
-from acodm_env.mixture import ActionMap, Bounds
+from acodm_env.mixture import ActionMap, Bounds, Controller
+from acodm_env.objective import value as objective_value
 from acodm_env.observation import Observer
 from acodm_env.reward import Outcome, RewardConfig, compute_terms, objective_weights
 from acodm_env.trainer import Array, StepStats, Trainer, merge, require
 from acodm_env.window import load_window, window_state
-from acodm_env.wrapper import Lagged
+from acodm_env.wrapper import innermost
 
 Observation = NDArray[np.float32]
 
@@ -96,7 +96,8 @@ class MixtureEnv(gym.Env[Observation, NDArray[np.float32]]):
         self.render_mode = render_mode
         self.observer = Observer(trainer.info, fields, interaction)
         self.observation_space = gym.spaces.Box(self.observer.low, self.observer.high, dtype=np.float32)
-        self.action_space = gym.spaces.Box(-1.0, 1.0, (trainer.info.num_domains,), dtype=np.float32)
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (self.observer.num_rows,), dtype=np.float32)
+        self._controller = Controller(self.action_map)
         objective_weights(self.reward_config.objective, trainer.info)  # refuse early
         self._needs = self.observer.needs | self.reward_config.needs
         self.bounds.project(self.action_map.weights(np.zeros(trainer.info.num_domains)))  # refuse early
@@ -105,6 +106,7 @@ class MixtureEnv(gym.Env[Observation, NDArray[np.float32]]):
         self._uniform_curve: dict[int, float] | None = None
         self._history: list[StepStats] = []
         self._window: StepStats | None = None  # steps since the last decision
+        self._decided = False  # whether the mixture in force is that of the window to come
         self._episode_rng: dict[str, Any] | None = None
 
     def reset(
@@ -113,13 +115,16 @@ class MixtureEnv(gym.Env[Observation, NDArray[np.float32]]):
         """Start a new training run. With a seed the episode is the same, bit for bit, every time (CPU)."""
         super().reset(seed=seed)
         self._episode_rng = dict(self.np_random.bit_generator.state)
-        if self.reward_config.progress_over_uniform and self._uniform_curve is None:
+        if self._wants_curve() and self._uniform_curve is None:
             self._uniform_curve = self._run_uniform()
         self.trainer.reset(self._run_rng())
-        self._history, self._window = [], None
-        observation = self.observer.start(self.trainer.info)
+        self._history, self._window, self._decided = [], None, False
+        observation = self.observer.start(self.trainer.info, problem=self._problem())
         self._objective_weights = objective_weights(self.reward_config.objective, self.trainer.info)
-        self._weights = self._mixture(np.zeros(self.trainer.info.num_domains))
+        self._uniform_end = self._end_of_uniform()
+        self._controller.start()
+        self._weights = self._mixture(np.zeros(self.observer.num_rows))
+        self._controller.start()
         self._objective = self.trainer.info.initial_loss_nats
         if "validation" in self.reward_config.needs:
             self._objective = self._judge(self.trainer.evaluate("validation"))
@@ -130,14 +135,18 @@ class MixtureEnv(gym.Env[Observation, NDArray[np.float32]]):
         """Train `decision_every` optimiser steps under the action's mixture."""
         if self._episode_rng is None:
             raise ConfigError("step() was called before reset(): call reset() first")
-        self._weights = self._mixture(np.asarray(action, dtype=np.float64))
+        if not self._decided:  # else an interruption left steps of this decision undone
+            self._weights = self._mixture(np.asarray(action, dtype=np.float64))
+            self.observer.decided(self._weights)
+            self._decided = True
         window = self._train_window()
+        self._decided = False
         diverged = window.diverged
         ended = diverged or window.step >= self.trainer.info.horizon
         before = self._objective
         if not diverged and (ended or "validation" in self._needs):
             held_out = self.trainer.evaluate("validation")
-            window = replace(window, eval_losses=held_out)
+            window = replace(window, eval_losses=self._measured(held_out))
             self._objective = self._judge(held_out)
         observation = self.observer.observe(window)
         self._history.append(replace(window, gradients=None))
@@ -149,18 +158,44 @@ class MixtureEnv(gym.Env[Observation, NDArray[np.float32]]):
             uniform_drop=self._uniform_drop(window.step),
             ended=ended,
             diverged=diverged,
+            uniform_end=self._uniform_end,
         )
         reward, domain_rewards, self._last_parts = compute_terms(self.reward_config, outcome)
         info = self._info(domain_rewards, diverged=diverged)
         return observation, float(reward), bool(diverged), bool(ended and not diverged), info
+
+    def _measured(self, held_out: Array) -> Array:
+        """What is shown of held-out losses (M,): on random problems a measurement's."""
+        sequences = getattr(innermost(self.trainer), "probe_sequences", None)
+        return held_out if sequences is None else self.trainer.evaluate("validation", sequences)  # type: ignore[call-arg]
+
+    def _wants_curve(self) -> bool:
+        """Whether the reward takes a uniform run, which a surface does not need for its end alone."""
+        end = self.reward_config.final_over_uniform and not hasattr(innermost(self.trainer), "static_losses")
+        return self.reward_config.progress_over_uniform or end
+
+    def _end_of_uniform(self) -> float:
+        """Objective at the end of the uniform run, where the reward asks for it, nats."""
+        if not self.reward_config.final_over_uniform:
+            return 0.0
+        surface = innermost(self.trainer)
+        if hasattr(surface, "static_losses"):
+            return self._judge(surface.static_losses())
+        assert self._uniform_curve is not None
+        return self._uniform_curve[max(self._uniform_curve)]
 
     def _run_rng(self) -> np.random.Generator:
         """The generator of the episode's training run: the first draw after `_episode_rng`."""
         return np.random.default_rng(int(self.np_random.integers(2**63)))
 
     def _mixture(self, action: Array) -> Array:
-        mask = self.observer.mask if self.trainer.info.padding else None
-        return self.bounds.project(self.action_map.weights(action, mask), self.observer.epochs)
+        decided = self._controller.take(action, self.observer.choices(), self.trainer.info.num_domains)
+        return self.bounds.project(decided, self.observer.epochs)
+
+    def _problem(self) -> dict[str, Array] | None:
+        """What a randomised surrogate's runs differ in, for the observer."""
+        problem: dict[str, Array] | None = getattr(innermost(self.trainer), "problem", None)
+        return problem
 
     def _train_window(self) -> StepStats:
         """The steps up to the next decision; those that an interruption left undone, if there was one."""
@@ -175,7 +210,7 @@ class MixtureEnv(gym.Env[Observation, NDArray[np.float32]]):
 
     def _judge(self, losses: Array) -> float:
         """The objective of held-out losses (M,), nats."""
-        value = float(self._objective_weights @ losses)
+        value = float(objective_value(losses, self._objective_weights, self.trainer.info.metric == "perplexity"))
         return value if np.isfinite(value) else self.trainer.info.initial_loss_nats
 
     def _run_uniform(self) -> dict[int, float]:
@@ -241,12 +276,14 @@ class MixtureEnv(gym.Env[Observation, NDArray[np.float32]]):
         return {
             "trainer": self.trainer.state_dict(),
             "observer": self.observer.state_dict(),
+            "controller": self._controller.state_dict(),
             "weights": self._weights.copy(),
             "objective": float(self._objective),
             "parts": {name: float(value) for name, value in self._last_parts.items()},
             "uniform_curve": None if self._uniform_curve is None else list(self._uniform_curve.items()),
             "last": window_state(last),
             "window": window_state(self._window),
+            "decided": self._decided,
             "rng": self.np_random.bit_generator.state,
             "episode_rng": self._episode_rng,
         }
@@ -256,16 +293,20 @@ class MixtureEnv(gym.Env[Observation, NDArray[np.float32]]):
         self.load_episode_state({"rng": state["episode_rng"]})
         self.trainer.reset(self._run_rng())  # builds what the state is loaded into
         self.trainer.load_state_dict(state["trainer"])
-        self.observer.start(self.trainer.info)
+        self.observer.start(self.trainer.info, problem=self._problem())
         self.observer.load_state_dict(state["observer"])
+        if "controller" in state:  # of episodes that were saved before there were slow actions
+            self._controller.load_state_dict(state["controller"])
         self._objective_weights = objective_weights(self.reward_config.objective, self.trainer.info)
         self._weights = np.array(state["weights"], dtype=np.float64)
         self._objective = float(state["objective"])
         self._last_parts = dict(state["parts"])
         curve = state["uniform_curve"]
         self._uniform_curve = None if curve is None else {int(step): float(value) for step, value in curve}
+        self._uniform_end = self._end_of_uniform()
         last = load_window(state["last"])
         self._history, self._window = [] if last is None else [last], load_window(state["window"])
+        self._decided = bool(state.get("decided", self._window is not None))
         self.load_episode_state({"rng": state["rng"]})
         self._episode_rng = dict(state["episode_rng"])
 
@@ -278,76 +319,6 @@ class MixtureEnv(gym.Env[Observation, NDArray[np.float32]]):
 
         draw = as_text if self.render_mode == "ansi" else as_picture
         return draw(self.trainer.info, self._weights, self.observer.losses, self._history)
-
-
-class ProxyPretrainEnv(MixtureEnv, EzPickle):
-    """`acodm/ProxyPretrain-v0`: a small language model pre-trained from scratch on a token store.
-
-    Everything is optional: `gym.make("acodm/ProxyPretrain-v0")` trains the `tiny` preset on the `pocket` corpus,
-    which it harvests from the Python installation on first use. See `MixtureEnv` for spaces and rewards.
-    """
-
-    def __init__(
-        self,
-        corpus: str = "pocket",
-        proxy: str = "tiny",
-        episode_steps: int = 200,
-        steps_per_action: int = 5,
-        fields: Sequence[str] | None = None,
-        reward: str | Mapping[str, Any] = "interaction",
-        interaction: Mapping[str, Any] | None = None,
-        action: Mapping[str, Any] | None = None,
-        bounds: Mapping[str, Any] | None = None,
-        lag: int = 0,
-        device: str = "auto",
-        lm: Mapping[str, Any] | None = None,
-        render_mode: str | None = None,
-    ):
-        """Build the environment.
-
-        Args:
-            corpus: "pocket", or the folder of a token store written by `acodm prepare`.
-            proxy: model preset, `config.json` or hub name of the proxy language model.
-            episode_steps: optimiser steps per episode.
-            steps_per_action: optimiser steps per decision.
-            fields: names of observation fields; None is the default set.
-            reward: a term's name, a mapping of terms to weights, or all of `RewardConfig`'s settings.
-            interaction: settings of `InteractionConfig`.
-            action: settings of `ActionMap`.
-            bounds: settings of `Bounds`.
-            lag: optimiser steps by which a mixture takes effect late.
-            device: "auto", "cpu", "cuda" or "cuda:N".
-            lm: further settings of `LMConfig`, such as `batch_size`, `sequence_length`, `learning_rate`.
-            render_mode: None, "ansi" or "rgb_array".
-
-        Raises:
-            ConfigError: a setting is unknown or out of range.
-            DataError: the corpus is missing or does not fit.
-        """
-        EzPickle.__init__(
-            self, corpus, proxy, episode_steps, steps_per_action, fields, reward, interaction, action, bounds, lag,
-            device, lm, render_mode,
-        )  # fmt: skip
-        from acodm_env.corpus import open_corpus
-        from acodm_env.pretrain.config import LMConfig
-        from acodm_env.pretrain.trainer import LMTrainer
-
-        settings = {
-            "model": proxy,
-            "horizon": episode_steps,
-            "decision_every": steps_per_action,
-            "device": device,
-        }
-        trainer: Trainer = LMTrainer(from_dict(LMConfig, settings | dict(lm or {}), "lm"), open_corpus(corpus))
-        super().__init__(
-            Lagged(trainer, lag) if lag else trainer,
-            fields=fields,
-            reward=parse_reward(reward),
-            interaction=from_dict(InteractionConfig, interaction or {}, "interaction"),
-            action=from_dict(ActionMap, action or {}, "action"),
-            bounds=from_dict(Bounds, bounds or {}, "bounds"),
-            render_mode=render_mode,
-        )
 
 
 def _check_samples(trainer: Trainer, needs: frozenset[str]) -> None:

@@ -56,8 +56,14 @@ class InteractionTracker:
         log_norm: Array = 0.5 * np.log(np.maximum(ratio, 1e-3))
         return log_norm
 
-    def update(self, window: StepStats) -> None:
-        """Take in one decision window; domains absent from it keep their last values."""
+    def update(self, window: StepStats, values: Array | None = None) -> None:
+        """Take in one decision window; domains absent from it keep their last values.
+
+        Args:
+            window: the steps since the last decision.
+            values: (…, K) what a nat of each domain's loss is worth, 1 on average. With it W_i is Σ_j v_j⟨∇ℓ_i, ∇ℓ_j⟩,
+                the domain itself included; without, the paper's.
+        """
         if window.gradients is None or window.diverged:
             return
         gram, noise = window.gradients.gram()
@@ -66,6 +72,8 @@ class InteractionTracker:
         present = window.counts > 0
         pull = np.where(present, np.nansum(off_diagonal, axis=-1), np.nan)  # (…, K) W_i
         whole = (np.isfinite(pull) | ~present).all(-1, keepdims=True)  # (…, 1)
+        if values is not None:
+            pull = np.where(present, aligned(gram, values), np.nan)
         usable = whole & (self._scale > 0)
         scale = np.where(usable, self._scale, 1.0)
         self._smooth(self.interaction, pull / self._importance(window.requested) / scale, usable)
@@ -104,6 +112,12 @@ class InteractionTracker:
         self.self_term = np.array(state["self_term"], dtype=np.float64)
         self._diagonal = np.array(state["diagonal"], dtype=np.float64)
         self._scale = np.array(state["scale"], dtype=np.float64)
+
+
+def aligned(gram: Array, values: Array) -> Array:
+    """Σ_j v_j H_ij (…, K); NaN where an entry that counts is unknown."""
+    alignment: Array = np.where(values[..., None, :] > 0, gram * values[..., None, :], 0.0).sum(-1)
+    return alignment
 
 
 def _mean(values: Array, known: NDArray[np.bool_]) -> Array:

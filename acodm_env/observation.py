@@ -78,7 +78,7 @@ def _view_field(
     return _field(name, meaning, size, low, high, needs, lambda o: formula(o.view, np))
 
 
-MEASURED = ("marginal_value", "domain_loss", "domain_progress", "elasticity")
+MEASURED = ("marginal_value", "domain_loss", "domain_progress", "elasticity", "gap")
 """Fields of `acodm_env.view` that need losses."""
 
 FIELDS: dict[str, Field] = {
@@ -198,7 +198,7 @@ FIELDS: dict[str, Field] = {
     )
 }
 
-_SEEN = ("losses", "previous", "slopes", "drawn", "mixture", "progress")
+_SEEN = ("losses", "previous", "gaps", "slopes", "drawn", "mixture", "progress")
 """What of a view changes during a run."""
 
 DEFAULT_FIELDS: tuple[str, ...] = (
@@ -314,6 +314,7 @@ class Observer:
             **{name: np.broadcast_to(value, (*self.batch, np.shape(value)[-1])) for name, value in known.items()},
             losses=losses,
             previous=losses.copy(),
+            gaps=self._full(num_rows, 0.0),
             slopes=self._full(num_rows, 0.0),
             drawn=self._full(num_rows, 0.0),
             mixture=trainable / trainable.sum(-1, keepdims=True),
@@ -339,7 +340,11 @@ class Observer:
             measured = np.isfinite(window.eval_losses)
             if not self.batch:
                 measured &= np.asarray(view.weights)[self._targets] > 0
-            seen[..., self._targets] = np.where(measured, window.eval_losses, seen[..., self._targets])
+            trained = seen[..., self._targets]
+            gaps = np.where(measured & (view.trainable[..., self._targets] > 0), window.eval_losses - trained, 0.0)
+            seen[..., self._targets] = np.where(measured, window.eval_losses, trained)
+            view.gaps = self._full(seen.shape[-1], 0.0)
+            view.gaps[..., self._targets] = gaps
         earlier, now = float(view.progress.flat[0]), window.step / info.horizon
         view.slopes = slope(seen, view.losses, view.slopes, now, earlier, np)
         view.previous, view.losses = view.losses, seen
@@ -350,7 +355,8 @@ class Observer:
     def choices(self) -> Array | None:
         """(…, R) 1 for what an action may choose, where that is not everything; its rows are those of the view."""
         if self.general:
-            return self.view.trainable
+            trainable: Array = self.view.trainable
+            return trainable
         return self.mask if self.info.padding else None
 
     @property

@@ -33,7 +33,6 @@ from acodm_env.mixture import ActionMap, Bounds, Controller
 from acodm_env.observation import FIELDS, Observer
 from acodm_env.support import check_sees, nearest_rule, outside, unusual
 from acodm_env.trainer import Array, Mixer, RunInfo, StepStats, merge
-from acodm_env.view import PER_ROW
 from acodm_env.window import load_window, window_state
 
 FORMAT_VERSION = 1
@@ -133,8 +132,8 @@ class Policy:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of everything that decides what the policy does."""
-        contract = {name: value for name, value in self._contract().items() if name != "provenance"}
-        known = contract | ({"support": self.support} if self.support else {})  # beyond it, it decides nothing
+        known = self._contract() | ({"support": self.support} if self.support else {})  # beyond it, it decides nothing
+        del known["provenance"]
         digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
         for weight, bias, _ in self.layers:
             digest.update(np.ascontiguousarray(weight).tobytes() + np.ascontiguousarray(bias).tobytes())
@@ -217,8 +216,7 @@ class Policy:
                     f"fields: '{name}' was learned with gradients measured as [{self.gradients}], this run measures "
                     f"[{info.gradients}]; use the same settings, or learn without the gradient fields"
                 )
-        if {*names} & {*PER_ROW}:
-            check_sees(names, info)
+        check_sees(names, info)
 
     def _check_domains(self, info: RunInfo) -> None:
         if info.domains != self.domains:
@@ -322,8 +320,8 @@ class PolicyMixer(Mixer):
         self.needs = frozenset().union(*(FIELDS[field].needs for field, _ in self.policy.fields if field in FIELDS))
         self.rule = ""
         """Name of the fixed rule that drives the run, "" where the policy does; known once it was started."""
-        self._say: Callable[[str], None]
-        self._say, self._said = say or partial(warnings.warn, stacklevel=5), {""}
+        self._say: Callable[[str], Any] = say or partial(warnings.warn, stacklevel=5)
+        self._said = {""}
 
     def start(self, info: RunInfo) -> None:
         """Check that the policy fits and take the first decision.
@@ -336,9 +334,8 @@ class PolicyMixer(Mixer):
         self.observer = Observer(info, [name for name, _ in self.policy.fields], self.policy.interaction)
         self._controller = Controller(self.policy.action)
         self._window: StepStats | None = None
-        reasons = outside(self.policy.support, info)
         self.rule = ""
-        if reasons:
+        if reasons := outside(self.policy.support, info):
             self.rule, fixed = nearest_rule(info)
             self._weights = self.policy.bounds.project(fixed)
             self._tell(f"outside of the policy's training support: {'; '.join(reasons)}; {self.rule} drives instead")

@@ -5,7 +5,7 @@ Per-domain terms r (K,) enter the scalar as Σ_i α_i r_i, global terms are adde
 * ``interaction`` — r_i = Σ_{j≠i} H_ij / s, smoothed: how much domain i's gradient helps the others (the paper's).
 * ``alignment``   — the same with the self term H_ii.
 * ``progress``    — drop of the held-out objective between two decisions, optionally minus a uniform run's.
-* ``final``       — minus the objective at the episode's end; wants γ = 1.
+* ``final``       — minus the objective at the episode's end, optionally plus a uniform run's; wants γ = 1.
 
 J(α) = Σ α_i r_i is linear in α, so its greedy maximiser is a corner of the simplex: floor, horizon and state keep
 a policy inside. The objective is a weighted mean of *validation* losses.
@@ -40,6 +40,8 @@ class RewardConfig:
     """Weight of each held-out target in the objective; None weighs all equally."""
     progress_over_uniform: bool = False
     """Subtract from `progress` what one uniform run gained between the same steps."""
+    final_over_uniform: bool = False
+    """Add to `final` the objective at the end of one uniform run: the return is then the gain over uniform in nats."""
     divergence_penalty: float = 10.0
     """Subtracted, once, when the language model diverges and the episode terminates; finite, ≥ 0."""
 
@@ -94,6 +96,8 @@ class Outcome:
     ended: bool
     """The episode's last decision."""
     diverged: bool
+    uniform_end: Array | float = 0.0
+    """Objective at the end of the uniform run, nats; 0 if not asked for."""
 
 
 def compute_terms(config: RewardConfig, outcome: Outcome) -> tuple[Any, Array, dict[str, Any]]:
@@ -126,5 +130,5 @@ def _per_domain(name: str, outcome: Outcome) -> Array | None:
 
 def _global(name: str, outcome: Outcome) -> Any:
     if name == "final":
-        return -outcome.objective if outcome.ended else 0.0
+        return outcome.uniform_end - outcome.objective if outcome.ended else 0.0
     return outcome.objective_before - outcome.objective - outcome.uniform_drop

@@ -31,6 +31,8 @@ class View:
     """Held-out loss of a target that is measured; else the training loss; nats; ln V before the first."""
     previous: Any
     """The same at the decision before."""
+    gaps: Any
+    """Held-out less training loss of a target that is measured and trained on, nats; else 0."""
     slopes: Any
     """−ΔL / Δ ln(time) between decisions, smoothed, nats; see `slope`."""
     drawn: Any
@@ -114,6 +116,12 @@ PER_ROW: dict[str, tuple[str, float, float, Formula]] = {
         -CLIP_SLOPE,
         CLIP_SLOPE,
         lambda v, xp: v.slopes,
+    ),
+    "gap": (
+        "held-out less training loss where both are measured, nats: over-fitting",
+        -1.0,
+        3.0,
+        lambda v, xp: xp.clip(v.gaps, -1.0, 3.0),
     ),
     "drawn": (
         "ln of the data drawn so far, in uniform shares",

@@ -41,9 +41,14 @@ ALGORITHMS = {
     "acodm-td3": Algorithm(place="acodm_env.agents.acodm:AcodmTD3"),
     "acodm-ddpg": Algorithm(place="acodm_env.agents.acodm:AcodmDDPG"),
     "equivariant-td3": Algorithm(place="acodm_env.agents.equivariant:EquivariantTD3"),
+    "equivariant-ppo": Algorithm(place="acodm_env.agents.equivariant_ppo:EquivariantPPO"),
 }
 """Every algorithm for continuous actions of Stable-Baselines3 and sb3-contrib, and ours. `ppo_lstm` is RL-Zoo's name
 of RecurrentPPO. DQN, QR-DQN and MaskablePPO choose among discrete actions; a mixture is not one of them."""
+
+
+DIFFERENTIATING = {"apg": "acodm_env.agents.apg:learn"}
+"""Algorithms that need the derivative of what they learn on, and so work on random problems alone: no SB3 agents."""
 
 
 def load_class(name: str) -> Any:
@@ -72,8 +77,10 @@ def require_fit(name: str) -> None:
     Raises:
         ConfigError: unknown, or unfit and why.
     """
+    if name in DIFFERENTIATING:
+        return
     if name not in ALGORITHMS:
-        unknown("algo", name, ALGORITHMS)
+        unknown("algo", name, {**ALGORITHMS, **DIFFERENTIATING})
     if unfit := ALGORITHMS[name].unfit:
         fit = ", ".join(sorted(other for other, algorithm in ALGORITHMS.items() if not algorithm.unfit))
         raise ConfigError(

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
 
 from acodm_env.config import from_dict
 from acodm_env.env import MixtureEnv
@@ -15,7 +17,8 @@ from acodm_env.surrogate.env import SurrogateEnv
 from acodm_env.surrogate.vector import SurrogateVectorEnv
 
 from .export import to_policy
-from .hyperparameters import SURROGATE, AgentRecipe, settings_for
+from .hyperparameters import PROBLEMS, SURROGATE, AgentRecipe, settings_for
+from .initial import begin_with, frozen_actor, hidden_of, require_equivariant, warm_up_critic
 from .sb3 import build_agent, normalised
 from .vector import ArrayVecEnv
 
@@ -55,13 +58,42 @@ class Learned:
     seconds: float
 
 
-def learn(contender: Contender, env: Mapping[str, Any], seed: int) -> Learned:
-    """Learn on arrays of surrogate episodes until the budget of timesteps is spent.
+class _Clock(BaseCallback):
+    """Ends learning after so many seconds of this process's CPU time; learning rates fall by that clock."""
+
+    def __init__(self, seconds: float):
+        super().__init__()
+        self.seconds, self.started = seconds, time.process_time()
+
+    def _on_training_start(self) -> None:
+        base = self.model.lr_schedule
+        self.model.lr_schedule = lambda _: base(self.left)
+
+    @property
+    def left(self) -> float:
+        """Share of the time that is left."""
+        return max(0.0, 1 - (time.process_time() - self.started) / self.seconds)
+
+    def _on_step(self) -> bool:
+        return self.left > 0
+
+
+def learn(
+    contender: Contender,
+    env: Mapping[str, Any],
+    seed: int,
+    *,
+    seconds: float | None = None,
+    init: Policy | None = None,
+) -> Learned:
+    """Learn on arrays of surrogate episodes until the budget of timesteps, or of time, is spent.
 
     Args:
         contender: who.
         env: settings of `SurrogateConfig`, under those of the contender.
         seed: of everything; seeds the global generators of python, numpy and torch, from which SB3 draws.
+        seconds: CPU time of this process to learn for, instead of timesteps; learning rates given as lin_… fall by it.
+        init: policy to begin with (see `initial`); the critic is warmed up under it for a twentieth of the budget.
 
     Raises:
         ConfigError: an unknown algorithm or setting.
@@ -69,10 +101,18 @@ def learn(contender: Contender, env: Mapping[str, Any], seed: int) -> Learned:
     started = time.perf_counter()
     settings = {**env, **contender.env}
     recipe = from_dict(AgentRecipe, contender.agent, "agent")
-    hyper = settings_for(contender.algo, SURROGATE, recipe)
+    section = SURROGATE if settings.get("problems") is None else PROBLEMS
+    hyper = settings_for(contender.algo, section, recipe)
+    if section == PROBLEMS:
+        settings = {"copies": hyper.get("env_kwargs", {}).get("copies", 1), **settings}
+    if init is not None:
+        require_equivariant(init)
+        hyper = hyper | {"policy_kwargs": hyper["policy_kwargs"] | {"net_arch": hidden_of(init)}}
     core = SurrogateVectorEnv(int(hyper.get("n_envs", 1)), **settings)
     venv = normalised(ArrayVecEnv(core), hyper)
     agent = build_agent(contender.algo, venv, hyper, seed=seed)
+    if init is not None:
+        begin_with(agent, init)
     venv.seed(seed)
     shape: MixtureEnv = SurrogateEnv(**(settings | {"reward": "progress"}))  # its spaces; it is never stepped
     before = {name: value.clone() for name, value in agent.policy.state_dict().items()}
@@ -80,12 +120,28 @@ def learn(contender: Contender, env: Mapping[str, Any], seed: int) -> Learned:
         from .teacher import warm_up
 
         warm_up(agent, contender.teacher, decisions=contender.teacher_decisions, options=contender.teacher_options)
-    timesteps = int(contender.timesteps * int(hyper["n_timesteps"]))
-    agent.learn(timesteps)
-    seconds = time.perf_counter() - started
+    _spend(agent, int(contender.timesteps * int(hyper["n_timesteps"])), seconds, warm=init is not None)
+    spent = time.perf_counter() - started
     provenance = {"algo": contender.algo, "seed": seed, "timesteps": agent.num_timesteps, "env": dict(settings)}
     policy = to_policy(agent, venv, shape, provenance)
     with torch.no_grad():
         agent.policy.load_state_dict(before)
     untrained = to_policy(agent, venv, shape, provenance | {"checkpoint": "untrained"})
-    return Learned(policy, untrained, agent.num_timesteps, seconds)
+    return Learned(policy, untrained, agent.num_timesteps, spent)
+
+
+def _spend(agent: BaseAlgorithm, timesteps: int, seconds: float | None, *, warm: bool) -> None:
+    """Learn for the budget; if `warm`, for a twentieth of it with the critic alone."""
+    if seconds is None:
+        if warm:
+            warm_up_critic(agent, timesteps // 20)
+        agent.learn(timesteps, reset_num_timesteps=not warm)
+        return
+    if warm:
+        with frozen_actor(agent):
+            agent.learn(_ENDLESS, callback=_Clock(seconds / 20))
+        seconds *= 0.95
+    agent.learn(_ENDLESS, callback=_Clock(seconds), reset_num_timesteps=not warm)
+
+
+_ENDLESS = 10**12

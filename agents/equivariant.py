@@ -11,107 +11,47 @@ networks compute is written in `acodm_env.equivariant`, which runs the exported 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from gymnasium import spaces
 from stable_baselines3 import TD3
+from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.policies import BasePolicy, ContinuousCritic
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, create_mlp
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.td3.policies import Actor, TD3Policy
 from torch import nn
 
-from acodm_env.equivariant import Fields, Scaling, features, fields_of, num_features, scalings_of, split_mask
-from acodm_env.errors import ConfigError
+from acodm_env.errors import ConfigError, unknown
 
+from .domain_networks import (
+    DomainActor,
+    DomainCritic,
+    DomainHeadsCritic,
+    DomainValue,
+    LocalNetwork,
+    ObservationView,
+    _mean,
+    layout_of,
+    view_of,
+)
+from .noise import PersistentNoise
 from .penalty import LogitPenalty
 
-_SHARPNESS = 2.0
-"""The critic also sees softmax(this · action): the mixture under the default `ActionMap`, but for its floor."""
+__all__ = [
+    "DomainActor",
+    "DomainCritic",
+    "DomainHeadsCritic",
+    "DomainValue",
+    "EquivariantTD3",
+    "EquivariantTD3Policy",
+    "LocalNetwork",
+    "ObservationView",
+    "_mean",
+]
 
-
-@dataclass(frozen=True, kw_only=True)
-class ObservationView:
-    """How a flat observation is read, domain by domain."""
-
-    layout: tuple[tuple[str, int], ...]
-    """(name, size) of every field, the mask among them."""
-    num_domains: int
-    fields: Fields
-    """The same without the mask, see `fields_of`."""
-    scalings: Mapping[str, Scaling]
-
-    def read(self, observation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Features (B, K, F) and (B, G) of observations (B, D), and which domains are none of the padding (B, K)."""
-        observation, mask = split_mask(observation, self.layout, torch)
-        if mask is None:
-            mask = observation.new_ones(len(observation), self.num_domains)
-        present = mask > 0
-        local, context = features(observation, present, self.fields, self.scalings, _mean, torch)
-        return local, context, present
-
-
-class LocalNetwork(nn.Module):
-    """Dense layers applied to every domain's own input, beside one context that all domains share."""
-
-    def __init__(self, local: int, context: int, units: Sequence[int], activation: type[nn.Module], outputs: int = -1):
-        super().__init__()
-        self.layers = nn.Sequential(*create_mlp(local + context, outputs, list(units), activation))
-
-    def forward(self, local: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-        """(B, K, L), (B, C) → (B, K, O); what the context adds to the first layer is computed once for all domains."""
-        first, *rest = self.layers
-        assert isinstance(first, nn.Linear)
-        width = local.shape[-1]
-        shared = nn.functional.linear(context, first.weight[:, width:], first.bias)
-        hidden = nn.functional.linear(local, first.weight[:, :width]) + shared.unsqueeze(1)
-        for layer in rest:
-            hidden = layer(hidden)
-        return hidden
-
-
-class DomainActor(nn.Module):
-    """Logits (B, K) of observations (B, D), of mean 0 over the domains; −∞ for padding."""
-
-    def __init__(self, view: ObservationView, units: Sequence[int], activation: type[nn.Module]):
-        super().__init__()
-        self.view = view
-        local, context = num_features(view.fields, view.scalings)
-        self.encoder = LocalNetwork(local, context, units, activation)
-        self.head = LocalNetwork(units[-1], 2 * units[-1] + context, units[-1:], activation, outputs=1)
-
-    def forward(self, observation: torch.Tensor) -> torch.Tensor:
-        """The mean of logits is taken out because a softmax does not see it, but a tanh would saturate by it."""
-        local, context, present = self.view.read(observation)
-        hidden = self.encoder(local, context)
-        largest = hidden.masked_fill(~present.unsqueeze(-1), -torch.inf).amax(1)
-        pooled = torch.cat([_mean(hidden, present).squeeze(1), largest, context], 1)
-        logits = self.head(hidden, pooled).squeeze(-1)
-        centred: torch.Tensor = logits - _mean(logits, present)
-        return centred.masked_fill(~present, -torch.inf)
-
-
-class DomainCritic(nn.Module):
-    """Value (B, 1) of observation and action (B, D + K): a mean over domains, so that K may change."""
-
-    def __init__(self, view: ObservationView, units: Sequence[int], activation: type[nn.Module]):
-        super().__init__()
-        self.view = view
-        local, context = num_features(view.fields, view.scalings)
-        self.encoder = LocalNetwork(local + 2, context, units, activation)
-        self.head = nn.Sequential(*create_mlp(units[-1] + context, 1, list(units[-1:]), activation))
-
-    def forward(self, observation_and_action: torch.Tensor) -> torch.Tensor:
-        """Each domain shows its features, its action, and its share of the mixture against an even one, less 1."""
-        action = observation_and_action[:, -self.view.num_domains :]
-        local, context, present = self.view.read(observation_and_action[:, : -self.view.num_domains])
-        shares = torch.softmax((_SHARPNESS * action).masked_fill(~present, -torch.inf), 1)
-        choice = torch.stack([action, shares * present.sum(1, keepdim=True) - 1], -1)
-        hidden = self.encoder(torch.cat([local, choice], -1), context)
-        value: torch.Tensor = self.head(torch.cat([_mean(hidden, present).squeeze(1), context], 1))
-        return value
+CRITICS = ("pooled", "heads")
+"""A value of what all domains are like on average, or one per domain, summed."""
 
 
 class EquivariantTD3Policy(TD3Policy):
@@ -126,6 +66,9 @@ class EquivariantTD3Policy(TD3Policy):
         num_domains: int | None = None,
         net_arch: Sequence[int] = (64, 64),
         logit_penalty: float = 0.0,
+        critic: str = "pooled",
+        critic_norm: bool = False,
+        action_scale: float = 2.0,
         scaling: Mapping[str, Mapping[str, Any]] | None = None,
         **options: Any,
     ):
@@ -139,35 +82,27 @@ class EquivariantTD3Policy(TD3Policy):
             num_domains: K, padding included; by default the size of the action space.
             net_arch: units of φ; ρ and the critic's head have one hidden layer as wide as the last of them.
             logit_penalty: λ of `LogitPenalty` in front of the tanh; 0 with `make_agent`, which adds its own.
+            critic: one of `CRITICS`.
+            critic_norm: whether layers of a critic with heads are normalised.
+            action_scale: c of the environment's action map, for a critic with heads, which sees the mixture.
             scaling: changes to `acodm_env.equivariant.SCALINGS`, by field and setting.
             options: of SB3's `TD3Policy`.
 
         Raises:
             ConfigError: layout, K or network do not fit the spaces, or a field cannot be read domain by domain.
         """
-        num_domains = action_space.shape[0] if num_domains is None else num_domains
-        if not isinstance(net_arch, list | tuple) or not net_arch:
-            raise ConfigError(f"net_arch={net_arch}: must be the units of one layer or more, e.g. [64, 64]")
-        width = sum(size for _, size in layout)
-        if observation_space.shape != (width,) or action_space.shape != (num_domains,):
-            raise ConfigError(
-                f"layout={list(layout)}, num_domains={num_domains}: must fit the spaces, an observation of "
-                f"{observation_space.shape} and an action of {action_space.shape}; take them from env.observer.layout"
-            )
-        fields = fields_of(layout, num_domains)
-        self.view = ObservationView(
-            layout=tuple((name, int(size)) for name, size in layout),
-            num_domains=num_domains,
-            fields=fields,
-            scalings=scalings_of(fields, scaling),
-        )
+        self.view = view_of(layout, num_domains, observation_space, action_space, net_arch, scaling)
+        if critic not in CRITICS:
+            unknown("critic", critic, CRITICS)
         self.logit_penalty = logit_penalty
+        self.critic_kind: dict[str, Any] = {"critic": critic, "critic_norm": critic_norm, "action_scale": action_scale}
         self.scaling = scaling
         super().__init__(observation_space, action_space, lr_schedule, list(net_arch), **options)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         own = {"layout": self.view.layout, "num_domains": self.view.num_domains, "scaling": self.scaling}
-        return super()._get_constructor_parameters() | own | {"logit_penalty": self.logit_penalty}
+        own |= self.critic_kind | {"logit_penalty": self.logit_penalty}
+        return super()._get_constructor_parameters() | own
 
     def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> Actor:
         """SB3's actor with the equivariant network in it."""
@@ -182,7 +117,10 @@ class EquivariantTD3Policy(TD3Policy):
         critic = super().make_critic(features_extractor)
         units: Any = self.critic_kwargs["net_arch"]
         for index in range(critic.n_critics):
-            network = DomainCritic(self.view, units, self.activation_fn)
+            network: nn.Module = DomainCritic(self.view, units, self.activation_fn)
+            if self.critic_kind["critic"] == "heads":
+                norm, scale = self.critic_kind["critic_norm"], self.critic_kind["action_scale"]
+                network = DomainHeadsCritic(self.view, units, self.activation_fn, scale, norm)
             setattr(critic, f"qf{index}", network)
             critic.q_networks[index] = network
         return critic.to(self.device)
@@ -193,17 +131,24 @@ class EquivariantTD3(TD3):
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"MlpPolicy": EquivariantTD3Policy}
 
+    def __init__(self, *args: Any, persistence: float = 0.0, **kwargs: Any):
+        """TD3's arguments.
+
+        Args:
+            args: of TD3.
+            persistence: correlation of the exploration noise of successive decisions, in [0, 1]; see `PersistentNoise`.
+            kwargs: of TD3.
+        """
+        if not 0 <= persistence <= 1:
+            raise ConfigError(f"persistence={persistence}: must be between 0 and 1")
+        self.persistence = persistence
+        super().__init__(*args, **kwargs)
+
     def _setup_model(self) -> None:
-        if "layout" not in self.policy_kwargs:
-            if self.env is None:
-                raise ConfigError("env=None: must be a MixtureEnv, or policy_kwargs must hold the observation's layout")
-            self.policy_kwargs = self.policy_kwargs | {"layout": self.env.get_attr("observer")[0].layout}
+        self.policy_kwargs = layout_of(self.policy_kwargs, self.env)
+        if self.env is not None and "action_scale" not in self.policy_kwargs:
+            scale = self.env.get_attr("action_map")[0].scale
+            self.policy_kwargs = self.policy_kwargs | {"action_scale": scale}
         super()._setup_model()
-
-
-def _mean(values: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
-    """Mean over the domains present (B, 1, …) of (B, K, …)."""
-    shares = present / present.sum(1, keepdim=True)  # (B, K)
-    if values.dim() == 2:
-        return (shares * values).sum(1, keepdim=True)
-    return shares.unsqueeze(1) @ values
+        if self.persistence > 0 and isinstance(self.action_noise, NormalActionNoise):
+            self.action_noise = PersistentNoise(self.action_noise._sigma, self.persistence, self.n_envs)

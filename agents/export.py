@@ -19,8 +19,11 @@ from acodm_env.equivariant import EquivariantPolicy, split_mask
 from acodm_env.errors import PolicyError
 from acodm_env.policy import LAYER_NORM_EPSILON, Layers, Policy
 from acodm_env.trainer import Array
+from acodm_env.wrapper import innermost
 
-from .equivariant import DomainActor, EquivariantTD3Policy
+from .domain_networks import DomainActor
+from .equivariant import EquivariantTD3Policy
+from .equivariant_ppo import EquivariantPPOPolicy
 from .penalty import LogitPenalty
 
 TOLERANCE = 1e-5
@@ -121,8 +124,9 @@ def to_policy(model: BaseAlgorithm, venv: VecEnv, env: MixtureEnv, provenance: M
         "horizon": info.horizon,
         "lag": info.lag,
         "gradients": info.gradients,
+        "probe_sequences": getattr(innermost(env.trainer), "probe_sequences", None),
     }
-    if isinstance(model.policy, EquivariantTD3Policy):
+    if isinstance(model.policy, EquivariantTD3Policy | EquivariantPPOPolicy):
         return _equivariant(model.policy, venv, common, provenance)
     mean, scale, clip = _statistics(venv, sum(size for _, size in env.observer.layout))
     return Policy(
@@ -137,8 +141,18 @@ def to_policy(model: BaseAlgorithm, venv: VecEnv, env: MixtureEnv, provenance: M
     )
 
 
+def domain_actor(policy: EquivariantTD3Policy | EquivariantPPOPolicy) -> DomainActor:
+    """The equivariant network of an agent's actor."""
+    network = policy.actor if isinstance(policy, EquivariantPPOPolicy) else policy.actor.mu[0]
+    assert isinstance(network, DomainActor)
+    return network
+
+
 def _equivariant(
-    policy: EquivariantTD3Policy, venv: VecEnv, common: Mapping[str, Any], provenance: Mapping[str, Any]
+    policy: EquivariantTD3Policy | EquivariantPPOPolicy,
+    venv: VecEnv,
+    common: Mapping[str, Any],
+    provenance: Mapping[str, Any],
 ) -> EquivariantPolicy:
     """Without the mask: what is exported knows no padding. How many domains it learned on is its provenance."""
     if _normaliser(venv) is not None:
@@ -146,8 +160,7 @@ def _equivariant(
             "norm_obs=True: statistics of every entry tell the domains apart, so that this policy would fit none but "
             "them; learn with VecNormalize(norm_obs=False)"
         )
-    network = policy.actor.mu[0]
-    assert isinstance(network, DomainActor)
+    network = domain_actor(policy)
     encoder, head = _layers(network.encoder.layers), _layers(network.head.layers)
     return EquivariantPolicy(
         fields=policy.view.fields,
@@ -202,7 +215,9 @@ def parity(policy: Policy, model: BaseAlgorithm, venv: VecEnv, num_observations:
     near = rng.normal(policy.mean, policy.scale, shape) if len(policy.mean) else rng.normal(size=shape)
     far = rng.uniform(space.low, space.high, (num_observations - len(near), len(space.low)))
     observations = np.concatenate([near, far]).astype(np.float32)
-    layout = model.policy.view.layout if isinstance(model.policy, EquivariantTD3Policy) else ()
+    layout: tuple[tuple[str, int], ...] = ()
+    if isinstance(model.policy, EquivariantTD3Policy | EquivariantPPOPolicy):
+        layout = model.policy.view.layout
     _pad(observations, layout, rng)
     wrapper = _normaliser(venv)
     with torch.no_grad():

@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 
 from acodm_env.equivariant import PER_DOMAIN, EquivariantPolicy
 from acodm_env.errors import AcodmError, ConfigError, PolicyError
+from acodm_env.objective import describe
 from acodm_env.policy import Policy
+from acodm_env.support import learned_for, nearest_rule, outside
 from acodm_env.surrogate.surface import Surface
 from acodm_env.trainer import Array, RunInfo
 
@@ -119,14 +121,33 @@ def judge(
 
 
 def check_fits(policy: Policy, run: RunInfo | None) -> Check:
-    """Its domains and the sizes of its fields are those of the target's corpus."""
+    """Its domains and the sizes of its fields are those of the target's corpus, and its objective the target's.
+
+    A run outside of its declared training support is driven by a fixed rule, which is said and fails nothing.
+    """
     if run is None:
         return Check(name="fits", verdict=NOT_CHECKED, explanation="no corpus was given")
     try:
         policy.check_fits(run)
     except PolicyError as error:
         return Check(name="fits", verdict=FAILED, explanation=str(error))
-    return Check(name="fits", verdict=PASSED, explanation=f"it can drive a run with these {run.num_domains} domains")
+    said = f"it can drive a run with these {run.num_domains} domains"
+    if reasons := outside(policy.support, run):
+        said = f"outside of its training support: {'; '.join(reasons)}; {nearest_rule(run)[0]} drives instead"
+    objective = other_objective(policy, run)
+    return Check(name="fits", verdict=FAILED if objective else PASSED, explanation=objective or said)
+
+
+def other_objective(policy: Policy, run: RunInfo) -> str:
+    """What a policy was learned for, in a sentence, if it is another objective than the run's; else "".
+
+    Policies that see the objective are for any.
+    """
+    learned = learned_for(policy.provenance, [name for name, _ in policy.fields], run)
+    if not learned:
+        return ""
+    weights = dict(zip(run.targets, run.objective, strict=True)) if run.objective else {}
+    return f"it was learned for the {learned}, this run's objective is the {describe(run.metric, weights)}"
 
 
 def check_finite(swept: list[Answers]) -> Check:

@@ -21,6 +21,8 @@ from .zoo_format import parse, written
 FOLDER = Path(__file__).parent / "hyperparams"
 PROXY = "acodm/ProxyPretrain-v0"
 SURROGATE = "acodm/Surrogate-v0"
+PROBLEMS = "acodm/Surrogate-v0:problems"
+"""Section for `acodm/Surrogate-v0` on random problems; a file without it takes the surrogate's."""
 
 Settings = dict[str, Any]
 """RL-Zoo's settings of one algorithm on one environment, nested ones parsed."""
@@ -90,6 +92,8 @@ def read_settings(algo: str, env_id: str, file: str | Path | None = None) -> Set
         sections = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"conf_file={path}: must be a YAML file of hyper-parameters ({error})") from error
+    if env_id == PROBLEMS and isinstance(sections, dict) and PROBLEMS not in sections:
+        env_id = SURROGATE
     if not isinstance(sections, dict) or not isinstance(sections.get(env_id), dict):
         held = sorted(map(str, sections)) if isinstance(sections, dict) else type(sections).__name__
         raise ConfigError(f"conf_file={path}: must have a section '{env_id}:' of settings; it has {held}")

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,15 @@ from acodm_env.env import MixtureEnv
 from acodm_env.equivariant import split_mask
 from acodm_env.errors import ConfigError
 from acodm_env.files import recover_folder
-from acodm_env.policy import Policy
+from acodm_env.policy import Policy, open_policy
 
 from .algorithms import require_fit
 from .baselines import make_mixer
 from .checkpoint import load_checkpoint, load_networks, save_checkpoint
 from .export import to_policy
 from .hyperparameters import SURROGATE, AgentRecipe, settings_for
-from .sb3 import build_agent, decisions_per_episode, env_id_of, normalised
+from .initial import begin_with, hidden_of, require_equivariant, warm_up_critic
+from .sb3 import build_agent, decisions_per_episode, env_id_of, normalised, section_of
 from .teacher import warm_up
 
 SATURATED = 0.95
@@ -53,6 +54,10 @@ class Learning:
     """Mixer that fills the replay buffer and pre-trains the agent before its first episode."""
     teacher_decisions: int = 200
     """Decisions of the teacher."""
+    init: str | None = None
+    """Policy to begin with: a shipped one's name, or a folder; see `initial`."""
+    warm_up: int = 200
+    """Decisions under it from which the critic alone learns."""
     seed: int = 0
 
 
@@ -83,9 +88,15 @@ class Learner:
         self.learning = learning
         self.folder = folder
         self.env = _unwrapped(make_env())
-        settings = settings_for(learning.algo, env_id_of(self.env), recipe, conf_file)
+        settings = settings_for(learning.algo, section_of(self.env), recipe, conf_file)
         self.venv: VecNormalize = normalised(make_many() if make_many else self.env, settings)
+        self._initial = None if learning.init is None else open_policy(learning.init)
+        if self._initial is not None:
+            require_equivariant(self._initial)
+            settings = settings | {"policy_kwargs": settings["policy_kwargs"] | {"net_arch": hidden_of(self._initial)}}
         self.agent: BaseAlgorithm = build_agent(learning.algo, self.venv, settings, seed=learning.seed)
+        if self._initial is not None:
+            begin_with(self.agent, self._initial)
         self.venv.seed(learning.seed)
         if learning.teacher is not None:
             _check_teacher(self.agent, learning.teacher)
@@ -131,6 +142,8 @@ class Learner:
         fresh = self.agent.num_timesteps == 0
         if fresh and self.learning.teacher is not None:
             self._follow(self.learning.teacher)
+        if fresh and self._initial is not None:
+            self._warm_up()
         waves = -(-self.learning.episodes // self.venv.num_envs)
         budget = waves * self.venv.num_envs * self.decisions - self.agent.num_timesteps  # fewer, if one diverges
         callback = _Episodes(self, on_decision)
@@ -150,6 +163,17 @@ class Learner:
         self.warm_up = asdict(report)
         self.seconds += time.perf_counter() - started
 
+    def _warm_up(self) -> None:
+        """Let the critic learn under the initial policy; its decisions and time count."""
+        started = time.perf_counter()
+        if not self.checkpoint("initial").exists():
+            self.venv.reset()
+            self.save("initial")
+        warm_up_critic(self.agent, self.learning.warm_up)
+        self.warm_up = {"init": self.learning.init, "decisions": self.agent.num_timesteps}
+        self.agent.num_timesteps = 0  # the budget of episodes is that of learning
+        self.seconds += time.perf_counter() - started
+
     @property
     def steps(self) -> int:
         """Optimiser steps of the proxy so far, those of evaluations and of the teacher included; 0 on a surrogate."""
@@ -160,7 +184,8 @@ class Learner:
 
     def policy(self, provenance: Mapping[str, Any]) -> Policy:
         """The agent as it is now, in exported form."""
-        return to_policy(self.agent, self.venv, self.env, provenance)
+        policy = to_policy(self.agent, self.venv, self.env, provenance)
+        return policy if self._initial is None else replace(policy, probe_sequences=self._initial.probe_sequences)
 
     def evaluate(self) -> Row:
         """Deterministic episodes on an environment of its own, always the same ones; means over them."""

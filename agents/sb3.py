@@ -19,12 +19,13 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from acodm_env.env import MixtureEnv
 from acodm_env.errors import ConfigError
+from acodm_env.surrogate.problem_trainer import ProblemTrainer
 from acodm_env.surrogate.trainer import SurrogateTrainer
 from acodm_env.trainer import RunInfo
-from acodm_env.wrapper import Lagged
+from acodm_env.wrapper import innermost
 
 from .algorithms import ALGORITHMS, load_class
-from .hyperparameters import OURS, PROXY, SURROGATE, AgentRecipe, Settings, settings_for
+from .hyperparameters import OURS, PROBLEMS, PROXY, SURROGATE, AgentRecipe, Settings, settings_for
 from .penalty import LogitPenalty
 from .zoo_format import resolve
 
@@ -37,6 +38,7 @@ __all__ = [
     "env_id_of",
     "make_agent",
     "normalised",
+    "section_of",
     "vectorise",
 ]
 
@@ -84,7 +86,7 @@ def make_agent(
         name: one of `ALGORITHMS`.
         env: see `vectorise`.
         recipe: changes of the hyper-parameters.
-        env_id: the environment whose hyper-parameters to take; None: its own, see `env_id_of`.
+        env_id: the environment whose hyper-parameters to take; None: its own, see `section_of`.
         conf_file: a YAML file in RL-Zoo's format instead of `hyperparams/<name>.yml`.
         seed: seeds the global generators of python, numpy and torch, from which SB3 draws.
         device: where the small networks live; the CPU is the fastest place for them.
@@ -92,7 +94,7 @@ def make_agent(
     Raises:
         ConfigError: an unknown algorithm or setting, with a suggestion; or a package is missing.
     """
-    settings = settings_for(name, env_id or env_id_of(env), recipe, conf_file)
+    settings = settings_for(name, env_id or section_of(env), recipe, conf_file)
     return build_agent(name, env, settings, seed=seed, device=device)
 
 
@@ -168,8 +170,13 @@ def env_id_of(env: VecEnv | gym.Env[Any, Any]) -> str:
     )
     if spec is not None:
         return str(spec.id)
-    runs = trainer.inner if isinstance(trainer, Lagged) else trainer
-    return SURROGATE if isinstance(runs, SurrogateTrainer) else PROXY
+    return SURROGATE if isinstance(innermost(trainer), SurrogateTrainer | ProblemTrainer) else PROXY
+
+
+def section_of(env: VecEnv | gym.Env[Any, Any]) -> str:
+    """The section of hyper-parameters for an environment: its id, but for random problems."""
+    trainer = env.get_attr("trainer")[0] if isinstance(env, VecEnv) else getattr(env.unwrapped, "trainer", None)
+    return PROBLEMS if isinstance(innermost(trainer), ProblemTrainer) else env_id_of(env)
 
 
 def decisions_per_episode(env: VecEnv) -> int:

@@ -1,6 +1,6 @@
 """A policy on trial, without a language model: driving a surrogate, and swept over the bounds of its fields."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,7 @@ from acodm_env.errors import PolicyError
 from acodm_env.mixture import Bounds
 from acodm_env.observation import FIELDS, Observer
 from acodm_env.policy import Policy, PolicyMixer, scaled_interval
+from acodm_env.support import outside
 from acodm_env.surrogate.surface import Surface
 from acodm_env.surrogate.trainer import SurrogateTrainer
 from acodm_env.trainer import Array, Mixer, RunInfo, StepStats, Trainer, drive
@@ -94,13 +95,31 @@ def plausible_observations(policy: Policy, played: Played | str, rng: np.random.
     return answer(policy, np.clip(drawn, observer.low, observer.high).astype(np.float32), info)
 
 
-def imagined_run(policy: Policy, domains: tuple[str, ...], initial_loss_nats: float) -> RunInfo:
-    """A target run with these domains, in which everything that no corpus says is as the policy learned it."""
+def imagined_run(
+    policy: Policy,
+    domains: tuple[str, ...],
+    initial_loss_nats: float,
+    *,
+    objective: Mapping[str, float] | None = None,
+    metric: str = "loss",
+) -> RunInfo:
+    """A target run with these domains, in which everything that no corpus says is as the policy learned it.
+
+    Args:
+        policy: that shall drive it.
+        domains: to train on.
+        initial_loss_nats: ln(vocabulary).
+        objective: weights of the targets, summing to 1; None: as many targets as the policy saw, all alike.
+        metric: what the objective averages.
+    """
     sizes = dict(policy.fields)
-    targets = max(sizes.get("target_loss", 0), sizes.get("delta_target_loss", 0))
+    number = max(sizes.get("target_loss", 0), sizes.get("delta_target_loss", 0))
+    targets = domains if number in (0, len(domains)) else tuple(f"target{index}" for index in range(number))
     return RunInfo(
         domains=domains,
-        targets=domains if targets in (0, len(domains)) else tuple(f"target{index}" for index in range(targets)),
+        targets=targets if objective is None else tuple(objective),
+        objective=() if objective is None else tuple(objective.values()),
+        metric=metric,
         sizes_tokens=(1,) * len(domains),
         batch_size=len(domains),
         sequence_length=1,
@@ -144,6 +163,8 @@ def surrogate_run(policy: Policy, surface: Surface) -> Trainer:
         )
     trainer: Trainer = Lagged(run, policy.lag) if policy.lag else run
     policy.check_fits(trainer.info)
+    if reasons := outside(policy.support, trainer.info):
+        raise PolicyError(f"no surrogate fits: this one is outside of its training support: {'; '.join(reasons)}")
     return trainer
 
 
@@ -151,7 +172,7 @@ class _Recorder(PolicyMixer):
     """The policy's mixer, which keeps every observation and the share of it that was clipped."""
 
     def __init__(self, policy: Policy):
-        super().__init__(policy)
+        super().__init__(policy, say=lambda text: None)
         self.seen: list[NDArray[np.float32]] = []
         self.clipped: list[float] = []
 

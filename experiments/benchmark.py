@@ -1,9 +1,8 @@
 """`acodm benchmark`: which mixture trains a model better, by how much, how sure we are, and what finding it cost."""
 
 import inspect
-import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,13 +10,23 @@ from typing import TYPE_CHECKING, Any
 from acodm_env.agents.baselines import mixer_factory, mixer_names
 from acodm_env.errors import ConfigError, unknown
 from acodm_env.experiments.console import say, text_table
-from acodm_env.experiments.plan import Entry, Plan, build, parse_entries
+from acodm_env.experiments.plan import MEAN_OF, Entry, Plan, build, parse_entries
+from acodm_env.objective import check_metric
 
 if TYPE_CHECKING:
     from acodm_env.trainer import RunInfo
 
 DEFAULT_MIXERS = "uniform,proportional,odm-released,odm-released-rescaled,softmax-loss"
-NEED_OPTIONS = ("static", "schedule", "replay", "mean-of")
+DEFAULTS = {
+    "model": "small",
+    "steps": 300,
+    "schedules": "cosine,constant",
+    "seeds": "5",
+    "evaluations": 30,
+    "learning_rate": 2e-3,
+}
+"""Of settings for which a suite has defaults of its own."""
+NEED_OPTIONS = ("static", "schedule", "replay", "mean-of", "policy")
 """Mixers that say nothing without options, and so are not part of "all"."""
 
 
@@ -25,41 +34,55 @@ NEED_OPTIONS = ("static", "schedule", "replay", "mean-of")
 class BenchmarkConfig:
     """Compare mixers on one target model: several seeds, two learning-rate schedules, every cost counted."""
 
+    suite: str | None = None
+    """Run a suite of mixing problems instead of one: mixing. Then --corpus may be several, and --policy NAME=DIR."""
+    tasks: str | None = None
+    """Of a suite: names of its tasks, separated by commas; default: all."""
+    rows: str | None = None
+    """Of a suite: names of its rows, separated by commas, "grid" for the further static mixtures; default: all."""
     mixers: str = DEFAULT_MIXERS
     """Rows of the table, separated by commas; "all" for every baseline. `--list` names them."""
     policy: str | None = None
-    """Folder of an exported policy: adds the rows policy and policy-untrained."""
+    """Folder of an exported policy: adds the rows policy and policy-untrained. Of a suite: NAME=DIR, see --suite."""
     options: dict[str, Any] = field(default_factory=dict)
     """Options per row, as JSON: {"doremi": {"learning_rate": 0.5}, "tilt": {"mixer": "static", "weights": "…"}}."""
     corpus: str = "pocket"
     """Folder of a token store, or "pocket"."""
     domains: str | None = None
     """Domains to train on, separated by commas; default: all of the corpus."""
-    objective: str | None = None
+    exclude: str | None = None
+    """Domains not to train on, separated by commas; they may still be targets."""
+    cut: str | None = None
+    """Domains of which only so many training sequences are left, name=160,other=40."""
+    objective: str = "loss"
+    """What is averaged over the targets: loss, or perplexity (the logarithm of its mean)."""
+    targets: str | None = None
     """Held-out targets and their weights, name=1,other=2, from any domains of the corpus; default: those trained on."""
-    model: str = "small"
-    """Target: preset (tiny, small, pythia-14m … pythia-1b), a config.json, or a hub name."""
+    model: str | None = None
+    """Target: preset (tiny, small, pythia-14m … pythia-1b), a config.json, or a hub name; default: small, of a suite
+    tiny."""
     proxy: str | None = None
     """Model of preparatory runs; default: the target's."""
-    steps: int = 300
-    """Optimiser steps of every target run."""
+    steps: int | None = None
+    """Optimiser steps of every target run; default: 300, of a suite 400."""
     batch_size: int = 16
     """Sequences per step."""
     sequence_length: int = 128
     """Tokens per sequence."""
-    learning_rate: float = 2e-3
-    """Peak learning rate."""
-    schedules: str = "cosine,constant"
-    """Learning-rate schedules: crossings under a cosine depend on the horizon, those under a constant rate do not."""
+    learning_rate: float | None = None
+    """Peak learning rate; default: 2e-3, of a suite 3e-3."""
+    schedules: str | None = None
+    """Learning-rate schedules: crossings under a cosine depend on the horizon, those under a constant rate do not.
+    Default: cosine,constant, of a suite cosine."""
     decision_every: int = 5
     """Steps between decisions and validations of the mixers that make them; a policy brings its own interval."""
-    seeds: str = "5"
-    """Number of seeds, or the seeds themselves: 0,1,2."""
+    seeds: str | None = None
+    """Number of seeds, or the seeds themselves: 0,1,2; default: 5, of a suite 3."""
     reference: str = "odm-released"
     """Row whose best perplexity the others have to reach."""
-    evaluations: int = 30
-    """Evaluations on the test split during each run."""
-    eval_sequences: int = 8
+    evaluations: int | None = None
+    """Evaluations on the test split during each run; default: 30, of a suite 8."""
+    eval_sequences: int = 64
     """Held-out sequences per target and split."""
     mean_of: bool = True
     """Also run the time-averaged static mixture of every dynamic row."""
@@ -91,13 +114,25 @@ class BenchmarkConfig:
     def __post_init__(self) -> None:
         from acodm_env.experiments.engines import ENGINES
 
+        self._fill_defaults()
         for name, least in (("steps", 1), ("evaluations", 1), ("jobs", 1), ("seed", 0), ("decision_every", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at least {least}")
         if self.engine not in ENGINES:
             unknown("engine", self.engine, ENGINES)
+        check_metric(self.objective)
         self.seed_list()
         self.schedule_list()
+
+    def _fill_defaults(self) -> None:
+        defaults = dict(DEFAULTS)
+        if self.suite is not None:
+            from acodm_env.experiments.suite_tasks import suite_file
+
+            defaults |= suite_file(self.suite)["settings"]
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
 
     def seed_list(self) -> tuple[int, ...]:
         """The seeds."""
@@ -131,6 +166,13 @@ def run(config: BenchmarkConfig) -> int:
     if config.list:
         say(list_mixers())
         return 0
+    if config.suite is not None:
+        from acodm_env.experiments import suite
+
+        return suite.run(config)
+    for name in ("tasks", "rows"):
+        if getattr(config, name) is not None:
+            raise ConfigError(f"{name}={getattr(config, name)}: is of a suite; give --suite mixing too")
     from acodm_env.experiments import running
 
     out = Path(config.out)
@@ -167,27 +209,47 @@ def make_plan(config: BenchmarkConfig, out: Path) -> Plan:
     Raises:
         AcodmError: something does not fit; the folder is untouched then.
     """
+    return plan_rows(config, parse_entries(_all(config.mixers), config.options, config.policy), out)
+
+
+def plan_rows(
+    config: BenchmarkConfig,
+    entries: Sequence[Entry],
+    out: Path,
+    averaged: Collection[str] | None = None,
+    command: str | None = None,
+) -> Plan:
+    """The plan of given rows, see `make_plan`.
+
+    Args:
+        config: everything else.
+        entries: the rows.
+        out: the benchmark's folder.
+        averaged: rows whose time average is run too, with those of an earlier plan; None: as `mean_of` says.
+        command: that leads here; None: the one that `config` is.
+    """
+    from acodm_env.experiments.benchmark_settings import shared_settings
     from acodm_env.experiments.cell import lm_trainer, stores
     from acodm_env.experiments.run_folder import RunFolder
 
-    entries = parse_entries(_all(config.mixers), config.options, config.policy)
-    settings = _settings(config)
+    settings = shared_settings(config)
     earlier = Plan.load(out) if (out / "plan.json").exists() else None
     entries = _merged(_with_references(entries, config.reference), earlier)
     store, heldout = stores(settings)
     trainer = lm_trainer(settings, store, heldout)
     infos = {entry.name: check(entry, settings, trainer) for entry in entries}
     RunFolder(out, settings)
-    command = shlex.join(_command(config))
+    if averaged is not None:
+        averaged = {*averaged, *_averaged(earlier)}
     plan = build(
         entries,
         infos=infos,
         schedules=_union(config.schedule_list(), earlier.schedules if earlier else ()),
         seeds=_union(config.seed_list(), earlier.seeds if earlier else ()),
         reference=config.reference,
-        command=command,
+        command=command or shlex.join(command_line(config)),
         out=out,
-        replay_means=config.mean_of,
+        averaged=averaged if averaged is not None or config.mean_of else (),
     )
     plan.save(out)
     return plan
@@ -197,11 +259,11 @@ def check(entry: Entry, settings: Mapping[str, Any], trainer: Any) -> "RunInfo":
     """Refuse, before anything is run, a row that cannot run on `trainer`; returns the run that it is for."""
     from dataclasses import replace
 
-    from acodm_env.experiments.cell import decision_interval
-    from acodm_env.policy import Policy, PolicyMixer
+    from acodm_env.experiments.cell import decision_interval, policy_of
+    from acodm_env.policy import PolicyMixer
     from acodm_env.trainer import require
 
-    mixer = PolicyMixer(Policy.load(entry.options["policy"])) if entry.is_policy else entry.make()
+    mixer = PolicyMixer(policy_of(entry)) if entry.is_policy else entry.make()
     require(trainer, mixer.needs, f"mixer={entry.name}")
     info: RunInfo = replace(trainer.info, decision_every=decision_interval(mixer, settings))
     if isinstance(mixer, PolicyMixer):
@@ -215,46 +277,6 @@ def _all(mixers: str) -> str:
     names = [name.strip() for name in mixers.split(",")]
     every = [name for name in mixer_names() if name not in NEED_OPTIONS and not name.endswith("-proxy")]
     return ",".join(part for name in names for part in (every if name == "all" else [name]))
-
-
-def _settings(config: BenchmarkConfig) -> dict[str, Any]:
-    """What all cells share, and what a second command on the same folder must repeat."""
-    from acodm_env.corpus import open_corpus
-
-    whole = open_corpus(config.corpus, config.quiet)
-    domains = [name.strip() for name in config.domains.split(",")] if config.domains else list(whole.domains)
-    objective = _objective(config.objective) if config.objective else dict.fromkeys(domains, 1.0)
-    for name in objective:
-        if name not in whole.domains:
-            unknown("objective.<target>", name, whole.domains)
-    if sum(objective.values()) <= 0:
-        raise ConfigError(f"objective={config.objective}: must have a positive weight; all are 0")
-    kept = ("model", "steps", "batch_size", "sequence_length", "learning_rate", "decision_every")
-    kept += ("evaluations", "eval_sequences", "device", "precision")
-    return {name: getattr(config, name) for name in kept} | {
-        "corpus": config.corpus if config.corpus == "pocket" else str(Path(config.corpus).absolute()),
-        "corpus_fingerprint": whole.subset(domains).fingerprint,
-        "proxy": config.proxy or config.model,
-        "domains": domains,
-        "targets": list(objective),
-        "objective": [weight / sum(objective.values()) for weight in objective.values()],
-        **({"keep_models": True} if config.keep_models else {}),
-    }
-
-
-def _objective(text: str) -> dict[str, float]:
-    """Weights of "name=1,other=2"."""
-    weights: dict[str, float] = {}
-    for part in filter(str.strip, text.split(",")):
-        name, _, value = (piece.strip() for piece in part.rpartition("="))
-        try:
-            number = float(value)
-        except ValueError:
-            number = math.nan
-        if not name or name in weights or not (math.isfinite(number) and number >= 0):
-            raise ConfigError(f"objective={text}: '{part}' must be name=weight, each target once, weight at least 0")
-        weights[name] = number
-    return weights
 
 
 def _with_references(entries: Sequence[Entry], reference: str) -> tuple[Entry, ...]:
@@ -278,18 +300,24 @@ def _merged(entries: Sequence[Entry], earlier: Plan | None) -> tuple[Entry, ...]
     return (*known.values(), *(entry for entry in entries if entry.name not in known))
 
 
+def _averaged(earlier: Plan | None) -> list[str]:
+    """Rows whose time average an earlier plan has."""
+    rows = earlier.mixers if earlier else ()
+    return [name.removeprefix(MEAN_OF) for name in rows if name.startswith(MEAN_OF)]
+
+
 def _union(new: Sequence[Any], old: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(dict.fromkeys((*old, *new)))
 
 
-def _command(config: BenchmarkConfig) -> list[str]:
+def command_line(config: BenchmarkConfig) -> list[str]:
     """The command line that this configuration is."""
     import json
 
     words = ["acodm", "benchmark"]
     for setting in fields(config):
         value = getattr(config, setting.name)
-        default = setting.default if setting.name != "options" else {}
+        default = DEFAULTS.get(setting.name, setting.default) if setting.name != "options" else {}
         if value != default:
             text = json.dumps(value) if isinstance(value, dict) else str(value)
             words += [f"--{setting.name}", text] if value is not True else [f"--{setting.name}"]

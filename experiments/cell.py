@@ -10,7 +10,6 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +21,13 @@ from acodm_env.agents.baselines.recorded import recorded_mixtures
 from acodm_env.corpus import TokenStore, open_corpus
 from acodm_env.errors import AcodmError, DataError
 from acodm_env.experiments.plan import MEAN_OF, Cell, Entry, Plan, digest_of
-from acodm_env.experiments.results import objective_result
+from acodm_env.experiments.results import judged, objective_result
 from acodm_env.experiments.run_folder import RunFolder, recorded_config
-from acodm_env.experiments.runs import run_mixer
+from acodm_env.experiments.runs import measured_tokens, run_mixer
 from acodm_env.files import read_json, read_state, sha256, write_json, write_state
-from acodm_env.policy import Policy, PolicyMixer, scaled_interval
+from acodm_env.policy import Policy, PolicyMixer, open_policy, scaled_interval
 from acodm_env.trainer import Mixer, RunRequest, RunResult, StepStats, Trainer
+from acodm_env.watching import Watched, held_out_curve, watched_steps
 from acodm_env.wrapper import Lagged
 
 if TYPE_CHECKING:
@@ -108,25 +108,25 @@ class Bench:
         options = {"policy": mixer.policy.fingerprint} if isinstance(mixer, PolicyMixer) else dict(entry.options)
         identity = {**self.settings, "mixer": cell.mixer, "schedule": cell.schedule, "seed": cell.seed}
         folder = RunFolder(self.out / cell.folder, identity | {"rule": entry.mixer, "options": options})
-        lag = mixer.policy.lag if isinstance(mixer, PolicyMixer) else 0
-        driven: Trainer = Lagged(trainer, lag) if lag else trainer
-        evaluations = self.settings["evaluations"]
+        driven, evaluations = _behind_its_lag(trainer, mixer), self.settings["evaluations"]
         run_mixer(folder, driven, mixer, seed=cell.seed, evaluations=evaluations, on_step=on_step)
         cost |= _running_cost(folder, trainer, mixer)
         outcome = objective_result(folder)
+        final = None if outcome["diverged"] else trainer.evaluate("validation")
+        outcome |= judged(trainer.info, outcome["domain_loss_nats"], final)
         if self.settings.get("keep_models") and not outcome["diverged"]:
             from acodm_env.experiments.model_folder import save_model
 
             save_model(folder.path / "model", trainer, self.store)
         result = {"mixer": cell.mixer, "schedule": cell.schedule, "seed": cell.seed} | outcome
-        _finish(folder, result | {"cost": cost, "data_seed": trainer.info.seed})
+        finish(folder, result | {"cost": cost, "data_seed": trainer.info.seed})
 
     def _mixer(self, cell: Cell, entry: Entry) -> Mixer:
         """The cell's mixer, not yet prepared."""
         if cell.mixer.startswith(MEAN_OF):
             mixer = make_mixer("mean-of", run=str(self.out / self.plan.cells[cell.needs[0]].folder))
         elif entry.is_policy:
-            policy = Policy.load(entry.options["policy"])
+            policy = policy_of(entry)
             if entry.mixer == "policy-untrained":
                 policy = policy.untrained(np.random.default_rng(cell.seed))
             mixer = PolicyMixer(policy)
@@ -157,28 +157,30 @@ class Bench:
         folder = RunFolder(self.out / cell.folder, identity)
         results = {request.name: self._request(request, folder.path, cell.seed, on_step) for request in requests}
         cost = _total(record.pop("cost") for record in results.values())
-        _finish(folder, {"mixer": cell.mixer, "seed": cell.seed, "results": results, "cost": cost})
+        finish(folder, {"mixer": cell.mixer, "seed": cell.seed, "results": results, "cost": cost})
 
     def _request(self, request: RunRequest, parent: Path, seed: int, on_step: OnStep) -> dict[str, Any]:
         """One preparatory run of the proxy, in a folder of its own."""
-        folder = RunFolder(parent / request.name, {**self.settings, **asdict(request), "seed": seed})
+        folder = RunFolder(parent / request.name, {**self.settings, **request.record(), "seed": seed})
         if folder.result is not None:
             return folder.result
         reference = None
         if request.reference is not None:
             reference = read_state(parent / request.reference / "model.safetensors")
+        mixer = make_mixer(request.mixer, **request.options)
         trainer = lm_trainer(
             self.settings,
             self.store,
             self.heldout,
             model=self.settings["proxy"],
             horizon=request.steps,
+            interval=decision_interval(mixer, {**self.settings, "steps": request.steps}),
             reference=reference,
         )
-        mixer = make_mixer(request.mixer, **request.options)
         trainer.reset(np.random.default_rng(seed))
         initial = trainer.evaluate("validation")
-        run_mixer(folder, trainer, mixer, seed=seed, evaluations=0, on_step=on_step)
+        driver = Watched(mixer, watched_steps(request)) if request.evaluate_at else mixer
+        run_mixer(folder, _behind_its_lag(trainer, mixer), driver, seed=seed, evaluations=0, on_step=on_step)
         records = folder.lines("stats.jsonl")
         diverged = bool(records[-1]["diverged"])
         final = np.full_like(initial, np.nan) if diverged else trainer.evaluate("validation")
@@ -187,11 +189,13 @@ class Bench:
 
             write_state(folder.path / "model.safetensors", to_numpy(trainer.bare_model.state_dict()))
         running = _running_cost(folder, trainer, mixer, evaluations=2)
+        curve = held_out_curve(request, {record["step"]: record["eval_losses"] for record in records}, final)
         result = {
             "mixture": recorded_mixtures(folder.path, self.store.domains).mean(0).tolist(),
             "initial_losses": initial.tolist(),
             "final_losses": [x if math.isfinite(x) else None for x in final.tolist()],
-            "cost": _total(running.values()),
+            **{name: values.tolist() for name, values in curve.items()},
+            "cost": _total([*running.values(), _learning_cost(mixer, self.store)]),
         }
         shutil.rmtree(folder.path / "checkpoints", ignore_errors=True)
         write_json(folder.path / "result.json", result)
@@ -201,7 +205,8 @@ class Bench:
 def stores(settings: Mapping[str, Any]) -> tuple[TokenStore, TokenStore]:
     """The domains to train on, and those among which held-out targets are looked up."""
     whole = open_corpus(settings["corpus"], quiet=True)
-    return whole.subset(settings["domains"]), whole
+    trained = whole.subset(settings["domains"])
+    return trained.cut(settings.get("cut", {}), settings["sequence_length"]), whole
 
 
 def lm_trainer(
@@ -228,7 +233,23 @@ def lm_trainer(
         **{name: settings[name] for name in shared},
     )
     objective = dict(zip(settings["targets"], settings["objective"], strict=True))
-    return LMTrainer(config, store, objective=objective, heldout_store=heldout, reference=reference)
+    metric = settings.get("metric", "loss")
+    return LMTrainer(config, store, objective=objective, metric=metric, heldout_store=heldout, reference=reference)
+
+
+def policy_of(entry: Entry) -> Policy:
+    """The policy of a row.
+
+    Raises:
+        AcodmError: there is none, or another than the row was planned with.
+    """
+    policy, meant = open_policy(entry.options["policy"]), entry.options.get("fingerprint")
+    if meant not in (None, policy.fingerprint):
+        raise DataError(
+            f"policy={entry.options['policy']}: must have the fingerprint {meant[:12]}… as when {entry.name} was "
+            f"planned; it was replaced; put the former one back, or give this one a name of its own"
+        )
+    return policy
 
 
 def decision_interval(mixer: Mixer, settings: Mapping[str, Any]) -> int:
@@ -238,12 +259,18 @@ def decision_interval(mixer: Mixer, settings: Mapping[str, Any]) -> int:
     return int(settings["decision_every"])
 
 
+def _behind_its_lag(trainer: Trainer, mixer: Mixer) -> Trainer:
+    """The trainer with the lag that a policy learned with."""
+    lag = mixer.policy.lag if isinstance(mixer, PolicyMixer) else 0
+    return Lagged(trainer, lag) if lag else trainer
+
+
 def _result(record: Mapping[str, Any]) -> RunResult:
-    values = {name: np.array(record[name], dtype=np.float64) for name in ("mixture", "initial_losses", "final_losses")}
-    return RunResult(**values)
+    names = ("mixture", "initial_losses", "final_losses", "steps", "losses")
+    return RunResult(**{name: np.array(record[name], dtype=np.float64) for name in names if name in record})
 
 
-def _finish(folder: RunFolder, result: dict[str, Any]) -> None:
+def finish(folder: RunFolder, result: dict[str, Any]) -> None:
     """Write `result.json` with the checksums of the logs it came from; a finished cell needs no checkpoint."""
     import torch
 
@@ -271,8 +298,8 @@ def _running_cost(
     """
     records, info = folder.lines("stats.jsonl"), trainer.info
     tokens = len(records) * info.batch_size * info.sequence_length
-    evaluations += sum(record["eval_losses"] is not None for record in records)
-    measured = evaluations * info.eval_tokens + (tokens if "excess" in mixer.needs else 0)
+    measured = evaluations * info.eval_tokens + sum(measured_tokens(record, info.eval_tokens) for record in records)
+    measured += tokens if "excess" in mixer.needs else 0
     return {
         "training": _cost(tokens, tokens * info.flops_per_token, sum(record["seconds"] for record in records)),
         "measurement": _cost(measured, measured * info.flops_per_token / 3),

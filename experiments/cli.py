@@ -20,6 +20,7 @@ COMMANDS = {
     "tune": ("TuneConfig", "search an algorithm's hyper-parameters on a surrogate"),
     "export": ("ExportConfig", "write a learned agent as a policy folder"),
     "regret": ("RegretConfig", "what agents and baselines recover on surrogates"),
+    "contest": ("ContestConfig", "which learner gains most on random mixing problems"),
     "gate": ("GateConfig", "judge an exported policy before a target run"),
     "transfer": ("TransferConfig", "train a target under a policy or a baseline"),
     "cotrain": ("CotrainConfig", "learn an agent in the very run that it drives, without a proxy"),

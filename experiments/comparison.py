@@ -14,17 +14,18 @@ from typing import Any
 import numpy as np
 
 from acodm_env.errors import ConfigError, DataError, unknown
+from acodm_env.experiments.benchmark_settings import objective_name
 from acodm_env.experiments.run_record import Run, read_failure, read_lines, read_record, read_run
 from acodm_env.files import read_json
 from acodm_env.trainer import Array
 
 __all__ = ["Comparison", "Run", "load"]
 
-SHARED = ("steps", "corpus_fingerprint", "eval_sequences")
+SHARED = ("steps", "corpus_fingerprint", "eval_sequences", "objective", "metric")
 """Settings without which two test losses are not of the same thing."""
 FAIR = ("target", "batch_size", "sequence_length", "learning_rate")
 """Settings by which runs may differ, but then the mixers are not all that differs."""
-OWN = ("mixer", "name", "schedule", "seed", "rule", "options", "policy", "weights")
+OWN = ("mixer", "name", "schedule", "seed", "rule", "options", "policy", "weights", "certificate")
 """Settings of a single run, beside those that all share."""
 
 
@@ -57,6 +58,24 @@ class Comparison:
     command: str
     problems: tuple[str, ...] = ()
     """What is missing or corrupted, in words."""
+
+    @property
+    def objective_name(self) -> str:
+        """The objective that the user chose, in words; "" where none was chosen."""
+        return objective_name(self.settings)
+
+    @property
+    def primary(self) -> str:
+        """The field of a result that the objective is."""
+        return "objective_nats" if self.settings.get("metric") == "perplexity" else "mean_loss_nats"
+
+    def level(self, run: Run) -> Array:
+        """(E,) what "as good as the reference" means: exp(objective), or mean perplexity where none was chosen."""
+        if self.settings.get("metric") != "loss":
+            return run.perplexity(self.objective)
+        with np.errstate(over="ignore"):
+            level: Array = np.exp(run.mean_loss(self.objective))
+        return level
 
     def select(self, mixer: str, schedule: str) -> tuple[Run, ...]:
         """A mixer's runs under one schedule, by seed."""
@@ -278,7 +297,7 @@ def _labels(configs: Mapping[Path, Mapping[str, Any]]) -> dict[Path, str]:
     found = {}
     for folder, config in configs.items():
         name = str(config.get("name") or config.get("mixer"))
-        kind = json.dumps([config.get(key) for key in ("policy", "weights", "options")])
+        kind = json.dumps([config.get(key) for key in ("policy", "weights", "options", "certificate")])
         kinds.setdefault(name, {}).setdefault(kind, folder.name)
         found[folder] = (name, kind)
         twin = cells.setdefault((name, kind, config["schedule"], config["seed"]), folder)
@@ -300,15 +319,31 @@ def _transfer_command(config: Mapping[str, Any], folder: Path) -> str:
 
     words = ["acodm", "transfer"]
     for setting in sorted(fields(TransferConfig), key=lambda each: each.name not in ("policy", "mixer")):
-        value = config.get(setting.name)
+        value = _flag(config, setting.name)
         if value is None or value == setting.default or setting.name in ("out", "quiet", "reference", "domains"):
             continue  # of the domains a run keeps all names, whether they were asked for or not
         if setting.name == "policy":
             value = "DIR"
-        if isinstance(value, list):
-            value = ",".join(f"{name}={weight}" for name, weight in zip(config["domains"], value, strict=True))
         words += [f"--{setting.name}", str(value)]
     return shlex.join([*words, "--out", str(folder)])
+
+
+def _flag(config: Mapping[str, Any], name: str) -> Any:
+    """What a setting was given as, from what the run records of it."""
+
+    def listed(names: Iterable[str], values: Iterable[Any]) -> str:
+        return ",".join(f"{one}={value}" for one, value in zip(names, values, strict=True))
+
+    value = config.get(name)
+    if name == "objective":
+        return config.get("metric")
+    if name == "targets":
+        return None if value is None else listed(value, config["objective"])
+    if name == "cut":
+        return None if value is None else listed(value.keys(), value.values())
+    if name == "certificate":
+        return None if value is None else "DIR"
+    return listed(config["domains"], value) if isinstance(value, list) and name == "weights" else value
 
 
 def _comparison(
@@ -331,8 +366,10 @@ def _comparison(
         found.append("no run is there yet")
     corpus = Path(str(settings.get("corpus", "?"))).name
     model = settings.get("model", settings.get("target", "?"))
+    title = f"{len(plan['mixers'])} mixers, {model} on {corpus}, {settings.get('steps', 0):,} steps"
+    chosen = objective_name(settings) if targets else ""
     return Comparison(
-        title=f"{len(plan['mixers'])} mixers, {model} on {corpus}, {settings.get('steps', 0):,} steps",
+        title=f"{title}, {chosen}" if chosen else title,
         reference=plan["reference"],
         schedules=tuple(plan["schedules"]),
         seeds=tuple(plan["seeds"]),

@@ -1,4 +1,4 @@
-"""What a run cost: tokens, model FLOPs, seconds by purpose, tokens per second, MFU, peak memory.
+"""What a run cost: tokens and model FLOPs of training and measuring, seconds by purpose, rates, MFU, peak memory.
 
 Seconds are summed over the lines of `stats.jsonl` and `eval.jsonl`, so an interrupted run that was resumed counts the
 steps that it kept; what was done twice is not in it. Rates are of the same lines: a run that went on with other domains
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from acodm_env.experiments.run_folder import RunFolder
+from acodm_env.experiments.runs import measured_tokens
+from acodm_env.trainer import Mixer, RunInfo
 from acodm_env.wrapper import innermost
 
 PEAK_FLOPS: tuple[tuple[str, float], ...] = (
@@ -92,6 +94,7 @@ def cost(
     precision: str = "fp32",
     devices: int = 1,
     memory: int | None = None,
+    eval_tokens: int = 0,
 ) -> dict[str, Any]:
     """The field `accounting` of a run's `result.json`.
 
@@ -103,6 +106,7 @@ def cost(
         precision: "bf16" or "fp32".
         devices: processes with a device each.
         memory: peak in bytes, of one device.
+        eval_tokens: held-out tokens of a whole evaluation, which measurements are charged that do not say theirs.
     """
     tokens = int(records[-1]["tokens"]) if records else 0
     logged = tokens / records[-1]["step"] * len(records) if records else 0.0
@@ -114,9 +118,13 @@ def cost(
     mfu, reason = None, "no time was logged"
     if steps:
         mfu, reason = utilisation(logged * flops_per_token / steps, device_name, precision, devices)
+    measured = sum(measured_tokens({"eval_losses": None, **record}, eval_tokens) for record in records)
     return {
         "tokens": tokens,
         "flops": tokens * flops_per_token,
+        "measurement_tokens": measured,
+        "measurement_flops": measured * flops_per_token / 3,
+        "measurement_frac": measured / 3 / logged if logged else None,
         "seconds": {**seconds, "evaluation": _sum(evaluations, "seconds")},
         "tokens_per_second": logged / steps if steps else None,
         "overhead_frac": sum(overhead) / seconds["train"] if known else None,  # type: ignore[arg-type, operator]
@@ -133,6 +141,21 @@ def _sum(records: Sequence[Mapping[str, Any]], name: str) -> float | None:
     """Sum of a number over all records; None unless every one has it."""
     values = [record.get(name) for record in records]
     return float(sum(values)) if values and None not in values else None  # type: ignore[arg-type]
+
+
+def measuring_frac(mixer: Mixer, info: RunInfo) -> float:
+    """FLOPs of what a mixer will have measured in a run, over those of its training: forward passes, a third each.
+
+    Args:
+        mixer: started.
+        info: the run.
+    """
+    if "validation" not in mixer.needs:
+        return 0.0
+    counts = mixer.probe_sequences
+    each = info.eval_tokens if counts is None else sum(info.probe_counts(counts)) * info.sequence_length
+    times = sum(mixer.due(step) for step in range(1, info.horizon + 1))
+    return each * times / 3 / (info.horizon * info.batch_size * info.sequence_length)
 
 
 def run_cost(folder: RunFolder, trainer: Any) -> dict[str, Any]:
@@ -152,6 +175,7 @@ def run_cost(folder: RunFolder, trainer: Any) -> dict[str, Any]:
         flops_per_token=trainer.info.flops_per_token,
         devices=getattr(getattr(trainer, "ranks", None), "world", 1),
         memory=None if device is None else peak_memory_bytes(device),
+        eval_tokens=trainer.info.eval_tokens,
         **described,
     )
 

@@ -2,16 +2,19 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from acodm_env.config import from_dict
 from acodm_env.corpus import TokenStore
+from acodm_env.corpus.problem import Problem
 from acodm_env.env import MixtureEnv, parse_reward
+from acodm_env.errors import ConfigError
 from acodm_env.experiments.checkpoints import Checkpoints
 from acodm_env.experiments.console import note
 from acodm_env.experiments.cost import run_cost
 from acodm_env.experiments.cotrain_loop import run_cotrainer
+from acodm_env.experiments.judging import judge, say_held_out, tell
 from acodm_env.experiments.model_folder import save_model
 from acodm_env.experiments.override import Hand
 from acodm_env.experiments.policy_card import without_paths, write_policy_card
@@ -20,14 +23,14 @@ from acodm_env.experiments.results import mixer_result
 from acodm_env.experiments.run_folder import RunFolder, git_commit, versions
 from acodm_env.experiments.signals import Preempted, heeding_sigterm, never
 from acodm_env.experiments.target import (
-    ASIDE,
     TargetConfig,
     check_out,
     finished,
+    identity_of,
     lacks_model,
     open_store,
+    problem_of,
     target_trainer,
-    tell,
 )
 from acodm_env.experiments.tracking import tracked
 from acodm_env.experiments.train import read_reward
@@ -86,7 +89,10 @@ class CotrainConfig(TargetConfig):
         from acodm_env.agents.cotraining import require_cotrainable, require_online
 
         require_cotrainable(self.algo)  # before the corpus, which may have to be harvested
-        require_online(parse_reward(read_reward(self.reward)))
+        reward = parse_reward(read_reward(self.reward))
+        require_online(reward)
+        if reward.objective is not None:
+            raise ConfigError(f"reward.objective={dict(reward.objective)}: must be left out; give --targets instead")
         super().__post_init__()
         if self.start_decisions is None:
             object.__setattr__(self, "start_decisions", min(self.decisions // 10, PAPER_START))
@@ -120,7 +126,7 @@ def cotrain(config: CotrainConfig, store: TokenStore, *, stop: Callable[[], bool
 
     Args:
         config: the run.
-        store: its corpus.
+        store: its corpus, of which `config` chooses domains and targets.
         stop: asked before every step: whether to save and end now.
 
     Raises:
@@ -129,7 +135,9 @@ def cotrain(config: CotrainConfig, store: TokenStore, *, stop: Callable[[], bool
     """
     from acodm_env.pretrain.leader import leading
 
-    trainer = target_trainer(config, store, decision_every=config.decision_every, prefetch=config.prefetch)
+    problem, pace = problem_of(config, store), {"decision_every": config.decision_every}
+    problem.require_choice()
+    trainer = target_trainer(config, problem, prefetch=config.prefetch, **pace)
     with leading(trainer) as led:
         if led is None:
             return None
@@ -138,20 +146,21 @@ def cotrain(config: CotrainConfig, store: TokenStore, *, stop: Callable[[], bool
         target = Recorded(led, config.seed, Hand(config.out, led.info.domains), stop)
         learner = _learner(config, target)
         learner.policy({})  # an actor that cannot be exported is refused now
-        identity = json.loads(json.dumps(_identity(config, store)))
+        identity = json.loads(json.dumps(_identity(config, problem)))
         check_out(config, identity)
         with claimed(config.out):
             folder = RunFolder(config.out, identity)
             before = finished(config, folder)
             if before is not None and not lacks_model(folder, before):
                 return before
-            return _train(config, learner, target, store, folder)
+            return _train(config, learner, target, problem, folder)
 
 
 def _train(
-    config: CotrainConfig, learner: "Cotrainer", target: Recorded, store: TokenStore, folder: RunFolder
+    config: CotrainConfig, learner: "Cotrainer", target: Recorded, problem: Problem, folder: RunFolder
 ) -> dict[str, Any]:
     """Take the decisions that are left, write policy, model and `result.json`, and return it."""
+    say_held_out(config, problem)
     with tracked(folder, config.track):
         run_cotrainer(
             folder,
@@ -163,13 +172,15 @@ def _train(
             quiet=config.quiet,
         )
     if not learner.diverged:
-        save_model(folder.path / "model", cast("Led", target.inner), store)
+        save_model(folder.path / "model", cast("Led", target.inner), problem.store)
+    fields = mixer_result(folder, None)
     result = {
         "mixer": config.name,
-        **mixer_result(folder, None),
+        **fields,
+        **judge(config, problem, target, fields),
         "learning": _learning(config, learner, folder) | {"export_error": _export(learner, folder)},
-        "accounting": run_cost(folder, target),
-        "corpus_fingerprint": store.fingerprint,
+        "accounting": run_cost(folder, target) | _measuring(learner, target),
+        "corpus_fingerprint": problem.store.fingerprint,
         "config": folder.config,
     }
     write_json(folder.path / "result.json", result)
@@ -232,11 +243,22 @@ def _learner(config: CotrainConfig, target: Trainer) -> "Cotrainer":
     return Cotrainer(env, cotraining, from_dict(AgentRecipe, config.agent, "agent"), conf_file=config.conf_file)
 
 
-def _identity(config: CotrainConfig, store: TokenStore) -> dict[str, Any]:
+def _measuring(learner: "Cotrainer", target: Trainer) -> dict[str, Any]:
+    """What the environment had measured for reward and fields: the held-out losses at every decision, if at all."""
+    info = target.info
+    wanted = "validation" in learner.env._needs
+    tokens = learner.decisions * info.eval_tokens if wanted else 0
+    trained = max(target.steps_done * info.batch_size * info.sequence_length, 1)
+    return {
+        "measurement_tokens": tokens,
+        "measurement_flops": tokens * info.flops_per_token / 3,
+        "measurement_frac": tokens / 3 / trained,
+    }
+
+
+def _identity(config: CotrainConfig, problem: Problem) -> dict[str, Any]:
     """What makes a run this run."""
-    identity = {name: value for name, value in asdict(config).items() if name not in ASIDE}
-    described = {"domains": list(store.domains), "corpus_fingerprint": store.fingerprint, "name": config.name}
-    return identity | described | {"mixer": config.name}
+    return identity_of(config, problem) | {"name": config.name, "mixer": config.name}
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ BEFOREHAND = ("preparation", "learning")
 
 
 def steps_ratio(comparison: Comparison, run: Run) -> float | None:
-    """Steps to the reference's best mean perplexity over the step at which the reference reached it.
+    """Steps to the reference's best objective over the step at which the reference reached it.
 
+    Where no objective was chosen it is the mean perplexity.
     The reference is the run of the same seed and schedule. Infinity if the run never gets there; what a run reached
     before it diverged counts. None if there is nothing to reach: the reference is not finished, diverged, or was
     never better than before its first step.
@@ -39,24 +40,24 @@ def cost_ratio(comparison: Comparison, run: Run, unit: str) -> float | None:
 
 
 def _crossing(comparison: Comparison, run: Run) -> tuple[float, float] | None:
-    """Steps at which `run` and its reference reach the reference's best perplexity."""
+    """Steps at which `run` and its reference reach the reference's best level."""
     reference = comparison.run(comparison.reference, run.schedule, run.seed)
     if reference is None or reference.status != "finished":
         return None
-    ref_steps, ref_perplexity = _finite_curve(comparison, reference)
-    if not len(ref_steps) or ref_steps[best := int(ref_perplexity.argmin())] == 0:
+    ref_steps, ref_level = _finite_curve(comparison, reference)
+    if not len(ref_steps) or ref_steps[best := int(ref_level.argmin())] == 0:
         return None
-    steps, perplexity = _finite_curve(comparison, run)
-    crossing = first_crossing(steps, perplexity, float(ref_perplexity[best]))
+    steps, level = _finite_curve(comparison, run)
+    crossing = first_crossing(steps, level, float(ref_level[best]))
     return math.inf if crossing is None else crossing, float(ref_steps[best])
 
 
 def _finite_curve(comparison: Comparison, run: Run) -> tuple[Array, Array]:
-    perplexity = run.perplexity(comparison.objective)
-    kept = np.isfinite(perplexity)
+    level = comparison.level(run)
+    kept = np.isfinite(level)
     if run.status == "diverged":
         kept[-1:] = False  # evaluated after the step that failed: not what the run leads to
-    return run.steps[kept], perplexity[kept]
+    return run.steps[kept], level[kept]
 
 
 def _cost_to(run: Run, step: float, unit: str) -> float | None:

@@ -62,7 +62,7 @@ def differences_of(comparison: Comparison, schedule: str) -> tuple[Difference, .
         _difference(comparison, schedule, mixer, baseline, metric)
         for mixer in comparison.mixers
         for baseline in baselines_of(comparison, mixer)
-        for metric in COMPARED
+        for metric in dict.fromkeys((*COMPARED, comparison.primary))
     ]
     family = {_pair(one): one.p for one in made if one.p is not None}  # A − B and B − A are one comparison
     adjusted = dict(zip(family, statistics.holm(list(family.values())), strict=True))

@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from acodm_env.errors import AcodmError
 from acodm_env.experiments.console import listing, say
 from acodm_env.experiments.run_folder import versions
 from acodm_env.files import write_json
@@ -31,7 +32,7 @@ class DoctorConfig:
 
 def run(config: DoctorConfig) -> None:
     """Print findings; a problem is a line that begins with PROBLEM."""
-    findings = {**versions(), **device(), **imports(), **storage()}
+    findings = {**versions(), **device(), **imports(), **policies(), **storage()}
     if config.corpus is not None:
         findings |= corpus(config.corpus)
     if not config.quiet:
@@ -76,6 +77,19 @@ def _origin(name: str) -> str:
     except (ImportError, ValueError):
         spec = None
     return str(spec.origin or list(spec.submodule_search_locations or [])) if spec else "absent"
+
+
+def policies() -> dict[str, str]:
+    """The policies that come with the package, by name."""
+    from acodm_env.policy import SHIPPED, open_policy
+
+    found = {}
+    for name in SHIPPED:
+        try:
+            found[f"policy {name}"] = open_policy(name).fingerprint[:16]
+        except AcodmError as error:
+            found[f"policy {name}"] = str(error)
+    return found
 
 
 def problems() -> list[str]:

@@ -96,7 +96,7 @@ def _no_settings(folder: Path, wanted: str) -> Never:
 def _no_model(folder: Path, config: Mapping[str, Any]) -> Never:
     """Say why a run has no model, and what to do."""
     wanted = f"runs={folder}: must hold a trained model, and there is no model/ in it"
-    if "objective" in config:
+    if "objective" in config and "target" not in config:
         raise ConfigError(
             f"{wanted}; a benchmark's runs keep none unless it is begun with --keep-models; begin it so, or train the "
             f"same with `acodm transfer`"

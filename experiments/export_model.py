@@ -111,7 +111,7 @@ def _is_cell(config: Mapping[str, Any]) -> bool:
 def _settings(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """Settings of a target run under the names that `acodm transfer` gives them; None if it is another run."""
     if not _is_cell(config):
-        is_target = {"target", "corpus_fingerprint", "name"} <= config.keys() and "objective" not in config
+        is_target = {"target", "corpus_fingerprint", "name"} <= config.keys()
         return dict(config) if is_target else None
     name, options = str(config["mixer"]), dict(config["options"])
     told: dict[str, Any] = {"target": config["model"], "name": name, "mixer": config["rule"]}

@@ -26,7 +26,8 @@ ENDLESS = 1e6
 
 @dataclass(frozen=True, kw_only=True)
 class FitSurrogateConfig:
-    """Fit a response surface to finished runs: two tables (--mixtures, --losses) or their folders (--from-run)."""
+    """Fit a response surface to finished runs: two tables (--mixtures, --losses), their folders (--from-run), or the
+    surface of a mixing problem to runs with other mixtures and cuts (--problems)."""
 
     mixtures: str | None = None
     """CSV with a header: a column that names the run, then a column per domain with its weight."""
@@ -36,11 +37,14 @@ class FitSurrogateConfig:
     """Held-out runs to judge the fit by, LABEL=MIXTURES.csv,LOSSES.csv; may be given several times."""
     from_run: list[str] = field(default_factory=list)
     """Folders of finished runs, or of a benchmark: fits the course of the losses, not their ends alone."""
+    problems: list[str] = field(default_factory=list)
+    """Folders of finished runs of one corpus, model and length, whatever their mixtures, domains and cuts: fits what
+    `acodm_env.surrogate.problems` has, repetition, over-fitting, starvation and the learning rate's fall included."""
     held_out: list[str] = field(default_factory=list)
-    """Folders of runs to judge a fit of --from-run by; default: every fifth mixer of those, or every fifth run where
-    fewer than five mixers drove them."""
+    """Folders of runs to judge a fit by. Default with --from-run: every fifth mixer of those, or every fifth run where
+    fewer than five mixers drove them. With --problems they lie below those; default: each third of them in turn."""
     out: str = "runs/surrogate.json"
-    """File of the surface."""
+    """File of the surface, or of a problem's parameters."""
     sizes: str | None = None
     """Tokens of the domains: "name=tokens,other=tokens" or a YAML file of them. Default: endless with tables; what the
     logs show with --from-run."""
@@ -64,14 +68,17 @@ class FitSurrogateConfig:
     """No progress bar and no tables."""
 
     def __post_init__(self) -> None:
-        if bool(self.from_run) == (self.mixtures is not None):
+        if bool(self.from_run) + bool(self.problems) + (self.mixtures is not None) != 1:
             raise ConfigError(
-                "mixtures, from_run: give exactly one of them, --mixtures CSV --losses CSV or --from-run DIR"
+                "mixtures, from_run, problems: give exactly one of them, --mixtures CSV --losses CSV, --from-run DIR "
+                "or --problems DIR"
             )
-        if self.from_run:
+        if self.from_run or self.problems:
             self._refuse(TABLES_ONLY, "only tables take it; leave it out, or give --mixtures")
+            if self.problems:
+                self._refuse(("sizes",), "the logs of --problems say it; leave it out")
         else:
-            self._refuse(("held_out",), "only --from-run takes it; tables take --check")
+            self._refuse(("held_out",), "only --from-run and --problems take it; tables take --check")
             if self.losses is None:
                 raise ConfigError("losses=None: must be a CSV file of the same runs as --mixtures; add --losses CSV")
             if (self.initial_loss is None) == (self.vocabulary is None):
@@ -109,7 +116,7 @@ class FitSurrogateConfig:
 
 
 def run(config: FitSurrogateConfig) -> None:
-    """Fit, print how good it is, and write the surface.
+    """Fit, print how good it is, and write the surface or the problem's parameters.
 
     Raises:
         ConfigError, DataError: a setting or a file is not what it must be, or `out` cannot be written.
@@ -119,6 +126,10 @@ def run(config: FitSurrogateConfig) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
     if out.is_dir():
         raise DataError(f"{out}: is a folder; choose another --out")
+    if config.problems:
+        from acodm_env.experiments.fit_problems import fit_problems
+
+        return fit_problems(config, out)
     surface = _from_logs(config) if config.from_run else _from_tables(config)
     surface.save(out)
     say(f"surface: {out} ({len(surface.domains)} domains, {len(surface.targets)} targets)")
@@ -330,7 +341,7 @@ def _nameless(setting: str, value: Any) -> str:
     if setting == "check":
         label, _, files = str(value).partition("=")
         return f"{label}=" + ",".join(Path(file).name for file in files.split(","))
-    is_path = setting in ("mixtures", "losses", "from_run", "held_out") or (
+    is_path = setting in ("mixtures", "losses", "from_run", "problems", "held_out") or (
         setting == "sizes" and "=" not in str(value)
     )
     return Path(value).name if is_path else f"{value:g}" if isinstance(value, float) else str(value)

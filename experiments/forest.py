@@ -35,11 +35,13 @@ def draw_forest(summary: Summary, path: Path) -> Path:
         _draw_steps(right, row, height)
     left.set_yticks(range(len(rows)), [row.mixer for row in reversed(rows)])
     left.axvline(0, color="black", lw=0.8)
-    left.set_xlabel("mean held-out loss minus uniform's, nats (left is better)")
+    what = summary.objective or "mean held-out loss"
+    left.set_xlabel(f"{what} minus uniform's, nats (left is better)")
     right.axvline(1, color="black", lw=0.8, ls=":")
     left_end, right_end = right.get_xlim()
     right.set_xlim(left_end, right_end + 0.35 * (right_end - left_end))  # room for the counts
-    right.set_xlabel(f"steps to {summary.reference}'s best\nperplexity, over its own")
+    level = "objective" if summary.objective else "perplexity"
+    right.set_xlabel(f"steps to {summary.reference}'s best\n{level}, over its own")
     for axes in (left, right):
         axes.grid(axis="x", alpha=0.3)
         axes.set_ylim(-0.7, len(rows) - 0.3)

@@ -35,8 +35,8 @@ class Logs:
             ConfigError: a folder is not there or has no finished run, or runs differ in what they must share.
             DataError: a log is not whole.
         """
-        found = [run for folder in folders for run in _runs_below(Path(folder))]
-        self.paths = [path for path in dict.fromkeys(found) if _finished(path)]
+        found = [run for folder in folders for run in runs_below(Path(folder))]
+        self.paths = [path for path in dict.fromkeys(found) if is_finished(path)]
         if not self.paths:
             raise ConfigError(
                 f"run={', '.join(folders)}: must hold at least one finished, undiverged run with evaluations"
@@ -56,7 +56,7 @@ class Logs:
                     f"run={path}: must have {name}={self.config.get(name)!r} as the first run has; it has "
                     f"{config.get(name)!r}; fit them apart"
                 )
-        steps, evaluations = _records(path / "stats.jsonl"), _records(path / "eval.jsonl")
+        steps, evaluations = read_records(path / "stats.jsonl"), read_records(path / "eval.jsonl")
         try:
             self.targets = self.targets or tuple(evaluations[0]["targets"])
             if any(tuple(record["targets"]) != self.targets for record in evaluations):
@@ -68,7 +68,7 @@ class Logs:
             return Course(
                 name=str(path),
                 mixer=str(config.get("mixer") or config.get("name") or "policy"),
-                weights=_effective(realised, [record.get("loss_weights") for record in steps]),
+                weights=effective(realised, [record.get("loss_weights") for record in steps]),
                 steps=np.array([record["step"] for record in later]),
                 losses=np.array([record["losses"] for record in later], dtype=np.float64),
                 initial=np.array(first[0]["losses"], dtype=np.float64) if first else None,
@@ -134,20 +134,30 @@ def split(courses: Sequence[Course]) -> tuple[list[Course], list[Course], str]:
     return [course for course in courses if course.name not in out], held_out, words
 
 
-def _runs_below(folder: Path) -> list[Path]:
+def runs_below(folder: Path) -> list[Path]:
+    """Folders below `folder`, itself included, that hold evaluations.
+
+    Raises:
+        ConfigError: it is no folder.
+    """
     if not folder.is_dir():
         raise ConfigError(f"run={folder}: must be the folder of a run or of a benchmark; check the path")
     return sorted(file.parent for file in folder.rglob("eval.jsonl") if file.stat().st_size)
 
 
-def _finished(path: Path) -> bool:
+def is_finished(path: Path) -> bool:
     """Whether it has a result and did not diverge."""
     if not all((path / name).exists() for name in ("config.json", "result.json", "stats.jsonl")):
         return False
-    return not _records(path / "stats.jsonl")[-1].get("diverged", True)
+    return not read_records(path / "stats.jsonl")[-1].get("diverged", True)
 
 
-def _records(file: Path) -> list[dict[str, Any]]:
+def read_records(file: Path) -> list[dict[str, Any]]:
+    """Lines of a log.
+
+    Raises:
+        DataError: one is no JSON, or there is none.
+    """
     records = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
         try:
@@ -159,7 +169,7 @@ def _records(file: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _effective(realised: Array, factors: Sequence[Sequence[float] | None]) -> Array:
+def effective(realised: Array, factors: Sequence[Sequence[float] | None]) -> Array:
     """Mixtures (T, K) that the losses were weighted by: shares drawn × loss weights, rows summing to 1."""
     weighted = [
         row if factor is None else row * np.array(factor) for row, factor in zip(realised, factors, strict=True)

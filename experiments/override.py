@@ -152,6 +152,7 @@ class Steered(Mixer):
         """Take the mixer that decides."""
         self.inner, self.hand = inner, hand
         self.name, self.needs, self.paper, self.dynamic = inner.name, inner.needs, inner.paper, inner.dynamic
+        self.probe_sequences = inner.probe_sequences
         self.step = 0
         """Optimiser steps done."""
         self._seconds = 0.0

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from acodm_env.experiments.comparison import Comparison
 from acodm_env.experiments.differences import Difference
 from acodm_env.experiments.page import Cell, Figures, Html, element, join, listing, markup, table
-from acodm_env.experiments.page_forests import METRICS, against, bounds, difference_forests, number
+from acodm_env.experiments.page_forests import against, bounds, difference_forests, metrics_of, number
 from acodm_env.experiments.report_data import baseline_of
 from acodm_env.experiments.statistics import Interval
 from acodm_env.experiments.summary import Row as Result
@@ -39,8 +39,8 @@ def answer(summary: Summary, baseline: str) -> Html:
         return _box("No run has finished yet: there is nothing to compare.")
     if not others or baseline not in summary.mixers:
         return _box("There is nothing to compare: it takes a baseline and at least one other mixer.")
-    lines: list[str] = [_metric_answer(summary, baseline, metric) for metric in METRICS]
-    if all("not decided" in {one.verdict} for one in against(summary, baseline, "mean_loss_nats")):
+    lines: list[str] = [_metric_answer(summary, baseline, metric) for metric in metrics_of(summary)]
+    if all("not decided" in {one.verdict} for one in against(summary, baseline, summary.primary)):
         return _box(
             f"With one seed there are no intervals, so nothing is ranked against {baseline}: give at least two seeds."
             if len(summary.seeds) < 2
@@ -62,7 +62,7 @@ def _box(*lines: str) -> Html:
 
 def _metric_answer(summary: Summary, baseline: str, metric: str) -> Html:
     """ "Better than uniform in mean loss (the 95 % interval excludes 0): … Worse: … No difference shown: …" """
-    what, unit, form = METRICS[metric]
+    what, unit, form = metrics_of(summary)[metric]
     found = sorted(against(summary, baseline, metric), key=lambda one: one.interval.mean or 0.0)
     groups = {word: [one for one in found if one.verdict == word] for word in (*SYMBOLS, "not decided")}
     better = groups["better"]
@@ -97,23 +97,25 @@ def _plain(names: Sequence[str]) -> str:
 def results_table(summary: Summary, baseline: str) -> Html:
     """One row per mixer, best mean loss first; those that diverged last."""
     to = f"against {baseline}"
-    header = ("mixer", "seeds", "mean loss, nats", to, "mean perplexity", to)
-    columns = (*header, Cell("verdict on the loss", "words"))
-    ordered = sorted(summary.rows, key=_order)
+    shown = [f"{what}, {unit}" if unit else what for what, unit, _ in metrics_of(summary).values()]
+    verdict = "verdict on the objective" if summary.objective else "verdict on the loss"
+    columns = ("mixer", "seeds", *(name for what in shown for name in (what, to)), Cell(verdict, "words"))
+    ordered = sorted(summary.rows, key=lambda row: _order(row, summary.primary))
+    best = summary.objective or "mean loss"
     rows = [_result_cells(summary, row, baseline) for row in ordered]
     return table(
-        columns, rows, "Held-out results at the end of training, best mean loss first; in brackets 95 % intervals"
+        columns, rows, f"Held-out results at the end of training, best {best} first; in brackets 95 % intervals"
     )
 
 
-def _order(row: Result) -> tuple[bool, float]:
-    mean = row.metrics["mean_loss_nats"].mean
+def _order(row: Result, metric: str) -> tuple[bool, float]:
+    mean = row.metrics[metric].mean
     return mean is None, mean or 0.0
 
 
 def _result_cells(summary: Summary, row: Result, baseline: str) -> list[str | Cell]:
     cells: list[str | Cell] = [row.mixer, f"{row.num_finished} of {row.num_planned}"]
-    for metric, (_, _, form) in METRICS.items():
+    for metric, (_, _, form) in metrics_of(summary).items():
         cells.append(_estimate(row.metrics[metric], form, row))
         one = summary.difference(row.mixer, baseline, metric)
         cells.append("baseline" if row.mixer == baseline else _estimate(one.interval, "+" + form, row) if one else "–")

@@ -16,6 +16,15 @@ FEWEST_FOR_MEDIAN = 5
 """Seeds below which a median's interval covers less than 90 % and decides nothing."""
 
 
+def metrics_of(summary: Summary) -> dict[str, tuple[str, str, str]]:
+    """The metrics of the page, the objective first and by its name, where one was chosen."""
+    if not summary.objective:
+        return METRICS
+    return {summary.primary: (summary.objective, "nats", ".4f")} | {
+        name: shown for name, shown in METRICS.items() if name != summary.primary
+    }
+
+
 def number(value: float | None, form: str) -> str:
     """A number with a true minus sign, a dash if there is none."""
     return "–" if value is None else format(value, form).replace("-", "−")
@@ -46,7 +55,7 @@ def difference_forests(summary: Summary, baseline: str, figures: Figures) -> Htm
                 axis_title=f"difference to {baseline}" + (f", {unit}" if unit else ""),
                 form="+" + form,
             )
-            for metric, (what, unit, form) in METRICS.items()
+            for metric, (what, unit, form) in metrics_of(summary).items()
         ),
         class_="forests",
     )
@@ -58,7 +67,7 @@ def dynamics_forests(summary: Summary, figures: Figures) -> Html:
     if not pairs:
         return element("p", "No mixer's time average was run beside it (--mean_of), so this cannot be said.")
     blocks = []
-    for metric, (what, unit, form) in METRICS.items():
+    for metric, (what, unit, form) in metrics_of(summary).items():
         found = [one for name, mean in pairs if (one := summary.difference(name, mean, metric)) is not None]
         title = f"{what[0].upper()}{what[1:]}, mixture that changes minus its time average"
         axis_title = "difference to its time average" + (f", {unit}" if unit else "")
@@ -88,11 +97,11 @@ def _spoken(rows: Sequence[Row]) -> str:
 
 
 def crossing_forests(summary: Summary, figures: Figures) -> Html:
-    """Steps and end-to-end cost to the reference's best perplexity, as ratios to the reference's own."""
+    """Steps and end-to-end cost to the reference's best objective, as ratios to the reference's own."""
     blocks = []
     unit = "FLOPs" if summary.cost_unit == "flops" else "tokens"
     titles = {
-        "steps_to_reference_ratio": "Steps to the reference's best perplexity",
+        "steps_to_reference_ratio": f"Steps to the reference's best {summary.objective or 'perplexity'}",
         "cost_to_reference_ratio": f"Cost to it, end to end, in {unit}",
     }
     for metric, title in titles.items():
@@ -135,7 +144,8 @@ def _ratio_row(row: Result, metric: str) -> Row:
 
 def crossing_sections(summary: Summary, figures: Figures) -> Html:
     """Steps and cost to the reference, and what the changing of a mixture is worth."""
-    lead = f"When does a run first reach the best held-out perplexity that {summary.reference} reaches with the same "
+    level = summary.objective or "held-out perplexity"
+    lead = f"When does a run first reach the best {level} that {summary.reference} reaches with the same "
     lead += "seed? Medians over seeds; left of 1 is sooner. “n of N” counts the seeds that get there at all; ⇥ and "
     lead += "“never”: half of them or more do not. Cost counts preparation and learning in full, and training up to "
     lead += "that step."

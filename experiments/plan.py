@@ -7,7 +7,7 @@ ask for the same ones with the same seed. The plan is a pure function of the set
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from acodm_env.agents.baselines import make_mixer, mixer_factory
 from acodm_env.errors import ConfigError
 from acodm_env.files import read_json, write_json
+from acodm_env.policy import SHIPPED
 from acodm_env.trainer import Mixer, RunInfo, RunRequest
 
 MEAN_OF = "mean-of:"
@@ -132,7 +133,8 @@ def _entry(name: str, options: Any, policy: str | None) -> Entry:
     if not isinstance(options, Mapping):
         raise ConfigError(f'options.{name}={options}: must be a mapping such as {{"learning_rate": 0.5}}')
     if name in POLICIES:
-        return Entry(name=name, mixer=name, options={"policy": str(Path(str(policy)).absolute())})
+        where = str(policy) if policy in SHIPPED else str(Path(str(policy)).absolute())
+        return Entry(name=name, mixer=name, options={"policy": where})
     if name.startswith(MEAN_OF):
         raise ConfigError(f"mixers: {name} is run by itself beside every dynamic {name.removeprefix(MEAN_OF)}")
     entry = Entry(
@@ -153,7 +155,7 @@ def build(
     reference: str,
     command: str,
     out: Path,
-    replay_means: bool,
+    averaged: Collection[str] | None = None,
 ) -> Plan:
     """The plan of a benchmark.
 
@@ -165,7 +167,7 @@ def build(
         reference: row that steps and cost are counted against.
         command: what the user typed.
         out: the benchmark's folder, for the command of every cell.
-        replay_means: also run the time average of every dynamic row.
+        averaged: dynamic rows whose time average is run too; None: all of them.
     """
     requests = {entry.name: _requests(entry, infos[entry.name]) for entry in entries}
     cells: list[Cell] = []
@@ -202,7 +204,7 @@ def build(
     for replayed in (False, True):
         for schedule in schedules:
             for entry in entries:
-                if replayed and not (replay_means and is_dynamic(entry)):
+                if replayed and not ((averaged is None or entry.name in averaged) and is_dynamic(entry)):
                     continue
                 horizon = infos[entry.name].horizon
                 row = MEAN_OF + entry.name if replayed else entry.name
@@ -238,7 +240,7 @@ def _requests(entry: Entry, info: RunInfo) -> tuple[RunRequest, ...]:
 
 def digest_of(requests: Sequence[RunRequest]) -> str:
     """Name of a set of requests: equal requests, equal names."""
-    text = json.dumps([asdict(request) for request in requests], sort_keys=True)
+    text = json.dumps([request.record() for request in requests], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from acodm_env.agents.baselines import make_mixer
+from acodm_env.policy import PolicyMixer, scaled_interval
 from acodm_env.surrogate.surface import Surface
 from acodm_env.surrogate.trainer import SurrogateTrainer
 from acodm_env.trainer import Array, Mixer, RunRequest, RunResult, Trainer, drive
+from acodm_env.watching import Watched, held_out_curve, watched_steps
 from acodm_env.wrapper import Lagged
 
 
@@ -44,7 +46,7 @@ def play(mixer: Mixer, surface: Surface, conditions: Conditions, seed: int) -> P
         conditions: how long, how noisy.
         seed: of the noise and of the preparatory runs.
     """
-    runs = _runs(surface, conditions)
+    runs = _runs(surface, conditions, mixer)
     trainer: Trainer = Lagged(runs, conditions.lag) if conditions.lag else runs
     mixer.prepare(_preparation(mixer, surface, conditions, seed))
     trainer.reset(np.random.default_rng(seed))
@@ -53,11 +55,15 @@ def play(mixer: Mixer, surface: Surface, conditions: Conditions, seed: int) -> P
     return Play(float(runs.evaluate("test") @ runs.target_weights), np.mean(mixtures, axis=0))
 
 
-def _runs(surface: Surface, conditions: Conditions, reference: Array | None = None) -> SurrogateTrainer:
+def _runs(surface: Surface, conditions: Conditions, mixer: Mixer, reference: Array | None = None) -> SurrogateTrainer:
+    """Runs for a mixer: a policy brings its own interval."""
+    interval = conditions.steps_per_action
+    if isinstance(mixer, PolicyMixer):
+        interval = scaled_interval(mixer.policy, conditions.steps)
     return SurrogateTrainer(
         surface,
         horizon=conditions.steps,
-        decision_every=conditions.steps_per_action,
+        decision_every=interval,
         noise=conditions.noise,
         reference=reference,
     )
@@ -67,22 +73,28 @@ def _preparation(mixer: Mixer, surface: Surface, conditions: Conditions, seed: i
     """Results of the runs that a method needs first; a proxy is the surface itself."""
     results: dict[str, RunResult] = {}
     models: dict[str, Array] = {}
-    for index, request in enumerate(mixer.preparation(_runs(surface, conditions).info)):
+    for index, request in enumerate(mixer.preparation(_runs(surface, conditions, mixer).info)):
         reference = models[request.reference] if request.reference else None
-        runs = _runs(surface, conditions, reference)
+        driver = make_mixer(request.mixer, **dict(request.options))
+        runs = _runs(surface, conditions, driver, reference)
         runs.reset(np.random.default_rng([seed, index]))
-        results[request.name] = _result(request, runs)
+        results[request.name] = _result(request, driver, runs)
         models[request.name] = runs.training_losses()
     return results
 
 
-def _result(request: RunRequest, runs: SurrogateTrainer) -> RunResult:
-    mixer = make_mixer(request.mixer, **dict(request.options))
+def _result(request: RunRequest, mixer: Mixer, runs: SurrogateTrainer) -> RunResult:
+    if request.evaluate_at:
+        mixer = Watched(mixer, watched_steps(request))
     initial = runs.evaluate("validation")
     mixer.start(runs.info)
-    mixtures = [stats.effective for stats in drive(runs, mixer, request.steps)]
+    steps = list(drive(runs, mixer, request.steps))
+    final = runs.evaluate("validation")
     return RunResult(
-        mixture=np.mean(mixtures, axis=0), initial_losses=initial, final_losses=runs.evaluate("validation")
+        mixture=np.mean([stats.effective for stats in steps], axis=0),
+        initial_losses=initial,
+        final_losses=final,
+        **held_out_curve(request, {stats.step: stats.eval_losses for stats in steps}, final),
     )
 
 
@@ -93,7 +105,7 @@ def require_fit(mixer: Mixer, surface: Surface) -> None:
         ConfigError: it does not; says why.
     """
     conditions = Conditions(steps=4, steps_per_action=1)
-    runs = _runs(surface, conditions)
+    runs = _runs(surface, conditions, mixer)
     if not list(mixer.preparation(runs.info)):
         runs.reset(np.random.default_rng(0))
         mixer.start(runs.info)

@@ -9,7 +9,9 @@ import yaml
 
 from acodm_env.files import atomic_file
 from acodm_env.hub import looks_local
+from acodm_env.objective import describe
 from acodm_env.policy import Policy
+from acodm_env.support import recorded_objective
 
 CARD = "README.md"
 PATHS = ("corpus", "proxy", "target", "conf_file", "surrogate", "surface")
@@ -39,6 +41,8 @@ def policy_card(policy: Policy, repo: str | None = None) -> str:
         ("decides every", f"{policy.decision_every} optimiser steps of {policy.horizon}"),
         ("lag", f"{policy.lag} optimiser steps until a mixture takes effect"),
         ("gradients", policy.gradients or "not read"),
+        *([] if policy.probe_sequences is None else [("measures", f"{policy.probe_sequences} sequences a decision")]),
+        *((f"training support: {name}", str(value)) for name, value in policy.support.items()),
         ("fingerprint", f"`{policy.fingerprint}`"),
     ]
     fields = [(f"`{name}`", "one per domain" if size < 1 else str(size)) for name, size in policy.fields]
@@ -47,6 +51,8 @@ def policy_card(policy: Policy, repo: str | None = None) -> str:
     deciding = [
         ("scale c", f"{action.scale:g}"),
         ("floor ε", f"{action.floor:g}"),
+        ("moves", "at once" if action.rate == 1 else f"towards each decision by max({action.rate:g}, 1/(n+2)), n ≥ 1"),
+        *([] if action.tilt == 1 else [("tilt", f"the mixture to the power {action.tilt:g}, over its sum")]),
         ("prior", "uniform" if action.prior is None else _numbers(action.prior)),
         ("least weights", "none" if limits.minimum is None else _numbers(limits.minimum)),
         ("largest weights", "none" if limits.maximum is None else _numbers(limits.maximum)),
@@ -106,6 +112,7 @@ def provenance_rows(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
         "learned on": _where(config) if config else None,
         "corpus": None if config.get("surrogate") or not config.get("corpus") else corpus_name(config["corpus"]),
         "corpus fingerprint": None if config.get("surrogate") else provenance.get("corpus_fingerprint"),
+        "objective": _objective(config, policy_sees=provenance.get("support") is not None),
         "reward": config.get("reward"),
         "episodes": config.get("episodes"),
         "transitions": provenance.get("learning_transitions") or provenance.get("timesteps"),
@@ -118,6 +125,15 @@ def provenance_rows(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
         for name, value in told.items()
         if value not in (None, "")
     ] or [("provenance", "not recorded")]
+
+
+def _objective(config: Mapping[str, Any], policy_sees: bool) -> str | None:
+    """What was learned for, in words; None where that is the usual objective, or a surrogate's own."""
+    if policy_sees:
+        return "any: it sees weights and metric"
+    metric, weights = recorded_objective(config)
+    usual = metric == "loss" and not weights
+    return None if usual or config.get("surrogate") else describe(metric, weights)
 
 
 def _where(config: Mapping[str, Any]) -> str:

@@ -8,8 +8,9 @@ import numpy as np
 
 from acodm_env.experiments.run_folder import RunFolder
 from acodm_env.files import atomic_file
+from acodm_env.objective import value
 from acodm_env.render import plot_mixture
-from acodm_env.trainer import Array
+from acodm_env.trainer import Array, RunInfo
 
 
 def curve(run: RunFolder) -> tuple[Array, Array]:
@@ -38,8 +39,25 @@ def first_crossing(steps: Array, perplexity: Array, level: float) -> float | Non
     return float(steps[at - 1] + share * (steps[at] - steps[at - 1]))
 
 
+def objective_curve(run: RunFolder, losses: Array) -> Array:
+    """(E,) objective in nats of test losses (E, M), with the run's weights and metric; by default their mean."""
+    weights = run.config.get("objective") or [1 / losses.shape[1]] * losses.shape[1]
+    objective: Array = value(losses, np.array(weights), run.config.get("metric", "loss") == "perplexity")
+    return objective
+
+
+def _weighted(run: RunFolder, losses: Array) -> tuple[float, float]:
+    """Mean loss and mean perplexity of losses (M,), by the run's weights."""
+    weights = np.array(run.config.get("objective") or [1 / len(losses)] * len(losses))
+    return float(value(losses, weights, False)), float(np.exp(value(losses, weights, True)))
+
+
 def mixer_result(run: RunFolder, reference: RunFolder | None) -> dict[str, Any]:
-    """The stable per-mixer fields of `result.json`; the ratio is null without a reference or a crossing."""
+    """The stable per-mixer fields of `result.json`, means by the weights of the run's objective.
+
+    `steps_to_reference_ratio` counts the steps to the best objective of the reference; null without a reference or a
+    crossing.
+    """
     steps, losses = curve(run)
     records = run.lines("stats.jsonl")
     targets = run.lines("eval.jsonl")[-1]["targets"]
@@ -48,13 +66,15 @@ def mixer_result(run: RunFolder, reference: RunFolder | None) -> dict[str, Any]:
     ratio = None
     if reference is not None:
         ref_steps, ref_losses = curve(reference)
-        ref_perplexity = mean_perplexity(ref_losses)
-        best = int(np.nanargmin(ref_perplexity))
-        crossing = first_crossing(steps, mean_perplexity(losses), float(ref_perplexity[best]))
+        ref_objective = objective_curve(reference, ref_losses)
+        best = int(np.nanargmin(ref_objective))
+        level = float(np.exp(ref_objective[best]))
+        crossing = first_crossing(steps, np.exp(objective_curve(run, losses)), level)
         ratio = None if crossing is None or best == 0 else crossing / float(ref_steps[best])
+    mean_loss, perplexity = _weighted(run, losses[-1])
     return {
-        "mean_loss_nats": _finite(losses[-1].mean()),
-        "mean_perplexity": _finite(mean_perplexity(losses[-1])),
+        "mean_loss_nats": _finite(mean_loss),
+        "mean_perplexity": _finite(perplexity),
         "domain_loss_nats": {name: _finite(loss) for name, loss in zip(targets, losses[-1], strict=True)},
         "steps_to_reference_ratio": ratio,
         "seconds_per_step": float(np.median([record["seconds"] for record in records])),
@@ -86,6 +106,18 @@ def objective_result(run: RunFolder) -> dict[str, Any]:
         "domain_loss_nats": {name: _finite(loss) for name, loss in zip(run.config["targets"], final, strict=True)},
         "final_exploration": records[-1].get("exploration"),
         "seconds_per_step": float(np.median([record["seconds"] for record in records])),
+    }
+
+
+def judged(info: RunInfo, test: Mapping[str, float | None], validation: Array | None) -> dict[str, Any]:
+    """The objective at the end on both splits, and the validation losses (M,) of a run; null if it diverged."""
+    losses = np.array([np.nan if test[name] is None else test[name] for name in info.targets], dtype=np.float64)
+    held = np.full(len(info.targets), np.nan) if validation is None else validation
+    return {
+        "metric": info.metric,
+        "objective_nats": _finite(info.judge(losses)),
+        "validation_objective_nats": _finite(info.judge(held)),
+        "validation_loss_nats": {name: _finite(loss) for name, loss in zip(info.targets, held, strict=True)},
     }
 
 

@@ -138,7 +138,7 @@ class RunFolder:
         """Record the changed settings of a run that goes on from `step` with them.
 
         What they left goes to a new ``before-step-…/``: `config.json`, `result.json`, model and policy; the logs too if
-        they are of other domains.
+        they are of other domains or targets.
         """
         record = read_json(self.path / "config.json")
         changed = differences(record["config"], self.config)
@@ -146,7 +146,7 @@ class RunFolder:
             return
         archive = self._new_archive(step)
         write_json(archive / "config.json", record)
-        for name in (*RESULTS, *(LOGS if "domains" in changed else ())):
+        for name in (*RESULTS, *(LOGS if {"domains", "targets"} & changed.keys() else ())):
             if (self.path / name).exists():
                 (self.path / name).rename(archive / name)
         adapted = [*record.get("adapted", []), {"step": step, "changed": changed}]

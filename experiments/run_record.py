@@ -114,7 +114,11 @@ def _result(folder: Path) -> tuple[dict[str, Any] | None, str]:
         return None, f"result.json has numbers that are not finite ({', '.join(bad)}); run it again"
     finite = [loss for loss in losses.values() if loss is not None]
     worst = None if diverged or not finite else max(finite)  # of equal weights, as plain runs have them
-    return {"worst_domain_loss_nats": worst, **result}, ""
+    perplexity = known["mean_perplexity"]
+    objective = known["mean_loss_nats"]  # of results that do not say it: benchmarks had no other objective
+    if result.get("metric") == "perplexity":
+        objective = None if perplexity is None else float(np.log(perplexity))
+    return {"worst_domain_loss_nats": worst, "objective_nats": objective, **result}, ""
 
 
 def read_failure(folder: Path) -> str:

@@ -30,16 +30,26 @@ def run_one(out: Path, index: int) -> int:
 
 def run_all(out: Path, plan: Plan, engine: str, jobs: int, quiet: bool) -> int:
     """Run what is not finished, then summarise; 1 if a cell failed."""
-    todo = unfinished(out, plan)
-    failures: dict[int, str] = {}
-    if todo:
-        failures = _execute(out, plan, todo, make_engine(engine, out, jobs), quiet)
+    failures = run_unfinished(out, plan, engine, jobs, quiet)
     summarise(out, quiet)
+    return 1 if say_failures(out, plan, failures) else 0
+
+
+def run_unfinished(
+    out: Path, plan: Plan, engine: str, jobs: int, quiet: bool, label: str = "benchmark"
+) -> dict[int, str]:
+    """Run what is not finished; returns the cells that failed, with their messages."""
+    todo = unfinished(out, plan)
+    return _execute(out, plan, todo, make_engine(engine, out, jobs), quiet, label) if todo else {}
+
+
+def say_failures(out: Path, plan: Plan, failures: dict[int, str]) -> bool:
+    """Say which cells failed; whether any did."""
     for index, message in failures.items():
         note(f"failed: cell {index} ({plan.cells[index].name}): {message}; log: {log_of(out, index)}")
     if failures:
         note(f"{len(failures)} of {len(plan.cells)} cells failed; the same command again runs them anew")
-    return 1 if failures else 0
+    return bool(failures)
 
 
 def unfinished(out: Path, plan: Plan) -> list[Cell]:
@@ -54,12 +64,14 @@ def unfinished(out: Path, plan: Plan) -> list[Cell]:
     return todo
 
 
-def _execute(out: Path, plan: Plan, todo: list[Cell], engine: Engine, quiet: bool) -> dict[int, str]:
+def _execute(
+    out: Path, plan: Plan, todo: list[Cell], engine: Engine, quiet: bool, label: str = "benchmark"
+) -> dict[int, str]:
     """Run the cells `todo`; returns those that failed, with their messages."""
     waiting = {cell.index: cell for cell in todo}
     open_cells, running, failures = set(waiting), set[int](), dict[int, str]()
     done_steps = sum(cell.steps for cell in plan.cells) - sum(cell.steps for cell in todo)
-    with progress(sum(cell.steps for cell in plan.cells), "benchmark", quiet=quiet, done=done_steps) as bar:
+    with progress(sum(cell.steps for cell in plan.cells), label, quiet=quiet, done=done_steps) as bar:
         bar.smoothing = 0  # cells differ in speed: the time left comes from the mean so far
         try:
             while waiting or running:

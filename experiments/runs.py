@@ -5,7 +5,7 @@ run goes on from is done again.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from acodm_env.wrapper import innermost
 
 FIXED = ("target", "batch_size", "sequence_length", "seed")
 """Settings that no run can change on its way: model, shape of a step, order of the data."""
-DECIDING = ("policy", "mixer", "weights", "name", "decision_every", "domains")
+DECIDING = ("policy", "mixer", "weights", "name", "decision_every", "domains", "targets", "objective", "metric")
 """Settings with which a mixer begins anew."""
 DATA = ("domains", "corpus_fingerprint")
 """Settings with which another thing is learned and evaluated."""
@@ -262,6 +262,7 @@ def stats_record(stats: StepStats, seconds: float) -> dict[str, Any]:
         "losses": _plain(stats.losses),
         "loss_weights": None if stats.loss_weights is None else _plain(stats.loss_weights),
         "eval_losses": None if stats.eval_losses is None else _plain(stats.eval_losses),
+        "eval_tokens": stats.eval_tokens,
         "epochs": _plain(stats.epochs),
         "loss": _plain(np.array(stats.loss)),
         "grad_norm": _plain(np.array(stats.grad_norm)),
@@ -273,6 +274,16 @@ def stats_record(stats: StepStats, seconds: float) -> dict[str, Any]:
         "seconds": seconds,
         **{f"seconds_{part}": value for part, value in stats.seconds.items()},
     }
+
+
+def measured_tokens(record: Mapping[str, Any], whole: int) -> int:
+    """Held-out tokens that a mixer had read after a step, of its line in `stats.jsonl`.
+
+    Args:
+        record: the line.
+        whole: tokens of a whole evaluation, which lines that do not say it are charged.
+    """
+    return int(record.get("eval_tokens", 0 if record["eval_losses"] is None else whole))
 
 
 def _plain(values: Array) -> Any:

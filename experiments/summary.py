@@ -5,7 +5,7 @@ A mixer with a diverged seed has no mean, and says so: a mean over the seeds tha
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,7 +24,8 @@ from acodm_env.files import atomic_file, write_json
 MEANS = ("mean_loss_nats", "mean_perplexity", "worst_domain_loss_nats")
 RATIOS = ("steps_to_reference_ratio", "cost_to_reference_ratio")
 METRICS = ("mean_loss_nats", "mean_perplexity", *RATIOS, "worst_domain_loss_nats")
-"""Metrics of `summary.csv`, in its order."""
+"""Metrics of `summary.csv`, in its order; then the objective, where it is another."""
+WORDS = {"mean_loss_nats": "mean loss", "objective_nats": "log mean perplexity", "mean_perplexity": "mean perplexity"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,10 @@ class Summary:
     reference: str
     seeds: tuple[int, ...]
     mixers: tuple[str, ...]
+    objective: str
+    """The objective that the user chose, in words; "" where none was chosen."""
+    primary: str
+    """The metric that rows are ranked by: "mean_loss_nats", or "objective_nats" where perplexities are averaged."""
     cost_unit: str
     """ "flops", or "tokens" where a run does not know its FLOPs."""
     rows: tuple[Row, ...]
@@ -73,9 +78,14 @@ class Summary:
         """A mixer's row."""
         return next(row for row in self.rows if row.mixer == mixer)
 
-    def difference(self, mixer: str, baseline: str, metric: str = "mean_loss_nats") -> Difference | None:
-        """A comparison; None if it was not made."""
-        wanted = (mixer, baseline, metric)
+    @property
+    def primary_name(self) -> str:
+        """The metric that rows are ranked by, in words."""
+        return self.objective or WORDS[self.primary]
+
+    def difference(self, mixer: str, baseline: str, metric: str | None = None) -> Difference | None:
+        """A comparison on a metric, by default the one that rows are ranked by; None if it was not made."""
+        wanted = (mixer, baseline, metric or self.primary)
         return next((one for one in self.differences if (one.mixer, one.baseline, one.metric) == wanted), None)
 
 
@@ -88,6 +98,8 @@ def summarise(comparison: Comparison, schedule: str) -> Summary:
         reference=comparison.reference,
         seeds=comparison.seeds,
         mixers=comparison.mixers,
+        objective=comparison.objective_name,
+        primary=comparison.primary,
         cost_unit=unit,
         rows=tuple(_row(comparison, schedule, mixer, unit) for mixer in comparison.mixers),
         differences=differences_of(comparison, schedule),
@@ -105,7 +117,7 @@ def _row(comparison: Comparison, schedule: str, mixer: str, unit: str) -> Row:
     steps = [ratio for run in ended if (ratio := steps_ratio(comparison, run)) is not None]
     costs = [ratio for run in ended if (ratio := cost_ratio(comparison, run, unit)) is not None]
     ratios = {name: statistics.median_interval(values) for name, values in zip(RATIOS, (steps, costs), strict=True)}
-    cost = _mean_cost(ended)
+    cost, means = _mean_cost(ended), dict.fromkeys((*MEANS, comparison.primary))
     seconds = [run.result["seconds_per_step"] for run in ended if run.result]
     return Row(
         mixer=mixer,
@@ -113,9 +125,9 @@ def _row(comparison: Comparison, schedule: str, mixer: str, unit: str) -> Row:
         num_finished=len(ended) - diverged,
         num_diverged=diverged,
         note=_counts(len(runs), diverged, len(runs) - len(ended)),
-        metrics={name: _mean(runs, name) for name in MEANS} | ratios,
+        metrics={name: _mean(runs, name) for name in means} | ratios,
         num_compared=len(steps),
-        interquartile_means=_interquartile_means(runs),
+        interquartile_means=_interquartile_means(runs, means),
         domain_loss_nats={name: _mean(runs, "domain_loss_nats", name) for name in comparison.targets},
         cost=cost,
         extra_cost_frac=_extra_frac(cost, unit),
@@ -136,8 +148,8 @@ def _mean(runs: Sequence[Run], *keys: str) -> Interval:
     return statistics.mean_interval(values)
 
 
-def _interquartile_means(runs: Sequence[Run]) -> dict[str, Interval]:
-    found = {name: statistics.interquartile_mean(values_of(runs, name) or []) for name in MEANS}
+def _interquartile_means(runs: Sequence[Run], means: Iterable[str]) -> dict[str, Interval]:
+    found = {name: statistics.interquartile_mean(values_of(runs, name) or []) for name in means}
     return {name: interval for name, interval in found.items() if interval is not None}
 
 
@@ -167,7 +179,7 @@ def write_csv(summary: Summary, path: str | Path) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("mixer", "metric", "mean", "low", "high", "num_seeds"))
     for row in summary.rows:
-        for name in METRICS:
+        for name in dict.fromkeys((*METRICS, summary.primary)):
             found = row.metrics[name]
             writer.writerow((row.mixer, name, found.mean, found.low, found.high, found.num_seeds))
     with atomic_file(path) as file:
@@ -196,27 +208,29 @@ def write_summaries(out: str | Path) -> list[Summary]:
 def table_text(summary: Summary) -> str:
     """The summary for a terminal: every mean with its interval, and the paired difference to uniform with its verdict.
 
-    Sorted by mean loss where there are intervals; rows without one come last, in the order of the plan.
+    Sorted by the objective, by default the mean loss, where there are intervals; rows without one come last, in the
+    order of the plan.
     """
     baseline = "uniform" if "uniform" in summary.mixers else summary.reference
     header = (
-        *("mixer", "seeds", "mean loss, nats", "mean perplexity", f"loss against {baseline}, paired"),
+        *("mixer", "seeds", f"{summary.primary_name}, nats", "mean perplexity"),
+        f"{'loss' if summary.primary == 'mean_loss_nats' else 'objective'} against {baseline}, paired",
         *(f"steps to {summary.reference}'s best", "cost to it, end to end", "extra cost"),
     )
-    rows = sorted(summary.rows, key=_order)
+    rows = sorted(summary.rows, key=lambda row: _order(row, summary.primary))
     lines = [f"{summary.title}, {summary.schedule} schedule; 95 % intervals in brackets"]
     lines += [text_table(header, [_cells(summary, row, baseline) for row in rows])]
     most = max(rows, key=lambda row: row.num_compared, default=None)
     lines += [f"ratios: {most.metrics[RATIOS[0]].method}"] if most else []
     lines += [f"cost in {summary.cost_unit}; extra: preparation, learning and measurement, over training"]
-    if all(row.metrics["mean_loss_nats"].low is None for row in rows):
+    if all(row.metrics[summary.primary].low is None for row in rows):
         lines.append("no intervals, so nothing is ranked: give at least two seeds")
-    lines += [_sentence(one) for one in summary.differences if _is_control(one)]
+    lines += [_sentence(summary, one) for one in summary.differences if _is_control(one)]
     return "\n".join([*lines, *(f"problem: {problem}" for problem in summary.problems)])
 
 
-def _order(row: Row) -> tuple[bool, float]:
-    found = row.metrics["mean_loss_nats"]
+def _order(row: Row, metric: str) -> tuple[bool, float]:
+    found = row.metrics[metric]
     return (True, 0.0) if found.mean is None or found.low is None else (False, found.mean)
 
 
@@ -225,7 +239,7 @@ def _cells(summary: Summary, row: Row, baseline: str) -> tuple[str, ...]:
     return (
         row.mixer,
         str(row.num_finished) + (f" ({row.note})" if row.note else ""),
-        _with_interval(row.metrics["mean_loss_nats"], ".4f"),
+        _with_interval(row.metrics[summary.primary], ".4f"),
         _with_interval(row.metrics["mean_perplexity"], ".2f"),
         "-" if difference is None else _judged(difference),
         *(_ratio(row.metrics[name], row.num_compared) for name in RATIOS),
@@ -254,7 +268,7 @@ def _judged(one: Difference) -> str:
     if one.interval.low is None:
         return f"{one.verdict}: {one.note or one.interval.method}"
     adjusted = "" if one.p_holm is None else f", Holm p {one.p_holm:.2g}"
-    form = "+.4f" if one.metric == "mean_loss_nats" else "+.2f"
+    form = "+.2f" if one.metric == "mean_perplexity" else "+.4f"
     note = f" ({one.note})" if one.note else ""
     return f"{_with_interval(one.interval, form)} {one.verdict}{adjusted}{note}"
 
@@ -263,6 +277,6 @@ def _is_control(one: Difference) -> bool:
     return one.baseline == MEAN_OF + one.mixer or one.baseline == "policy-untrained"
 
 
-def _sentence(one: Difference) -> str:
-    what = "mean loss" if one.metric == "mean_loss_nats" else "mean perplexity"
+def _sentence(summary: Summary, one: Difference) -> str:
+    what = summary.primary_name if one.metric == summary.primary else WORDS[one.metric]
     return f"{one.mixer} against {one.baseline}, {what}: {_judged(one)}"

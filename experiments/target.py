@@ -2,15 +2,16 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from acodm_env.corpus import TokenStore, open_corpus
+from acodm_env.corpus.problem import Problem, choose_problem, parse_cut
 from acodm_env.errors import AcodmError, ConfigError
-from acodm_env.experiments.console import listing, note, say
+from acodm_env.experiments.console import note
 from acodm_env.experiments.run_folder import RunFolder, check_folder, differences, recorded_config
 from acodm_env.experiments.tracking import trackers
+from acodm_env.objective import check_metric, parse_targets
 
 if TYPE_CHECKING:
     from acodm_env.pretrain.trainer import LMTrainer
@@ -20,6 +21,8 @@ ASIDE = (
     "track",
 )
 """Settings that may differ from one start of a run to the next: they leave its numbers alone."""
+PROBLEM = ("objective", "targets", "cut")
+"""Settings that a run records as what they mean (`identity_of`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +33,13 @@ class TargetConfig:
     """Folder of a token store, or "pocket"."""
     domains: str | None = None
     """The domains of the corpus to train on, separated by commas; default: all."""
+    objective: str = "loss"
+    """What is averaged over the targets: loss, or perplexity (its logarithm)."""
+    targets: str | None = None
+    """Held-out targets with their weights, such as "prose=2,licences=1": domains, or texts of the corpus that nothing
+    is trained on; default: all domains that are trained on, alike."""
+    cut: str | None = None
+    """Sequences to which the training text of domains is cut, such as "prose=160"."""
     target: str = "small"
     """Model: preset (tiny, small, pythia-14m … pythia-1b), a config.json, or a hub name."""
     steps: int = 300
@@ -42,10 +52,10 @@ class TargetConfig:
     """Peak learning rate."""
     schedule: str = "cosine"
     """Learning-rate schedule after the warm-up: cosine or constant."""
-    evaluations: int = 60
+    evaluations: int = 20
     """Evaluations on the test split during the run."""
-    eval_sequences: int = 8
-    """Held-out sequences per domain and split."""
+    eval_sequences: int = 64
+    """Held-out sequences per target and split; all of them where there are fewer."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: str = "auto"
@@ -82,6 +92,9 @@ class TargetConfig:
 
     def __post_init__(self) -> None:
         trackers(self.track)  # a package that is not installed is told before anything is done
+        check_metric(self.objective)
+        parse_targets(self.targets)
+        parse_cut(self.cut or "")
         least_of = {"steps": 1, "evaluations": 1, "seed": 0, "decision_every": 1, "checkpoint_every": 1, "keep": 1}
         for name, least in least_of.items():
             value = getattr(self, name)
@@ -90,17 +103,40 @@ class TargetConfig:
 
 
 def open_store(config: TargetConfig) -> TokenStore:
-    """The corpus, or the domains of it that are asked for; of several processes only the first shows progress."""
-    store = open_corpus(config.corpus, config.quiet or int(os.environ.get("RANK", "0")) > 0)
-    return store if config.domains is None else store.subset([name.strip() for name in config.domains.split(",")])
+    """The corpus; of several processes only the first shows progress."""
+    return open_corpus(config.corpus, config.quiet or int(os.environ.get("RANK", "0")) > 0)
 
 
-def target_trainer(config: TargetConfig, store: TokenStore, *, decision_every: int, prefetch: int) -> "LMTrainer":
+def problem_of(config: TargetConfig, whole: TokenStore) -> Problem:
+    """What the run trains on, and what it is judged by.
+
+    Raises:
+        ConfigError, DataError: names, weights or texts are not there (`choose_problem`).
+    """
+    return choose_problem(
+        whole,
+        sequence_length=config.sequence_length,
+        domains=config.domains,
+        targets=config.targets,
+        objective=config.objective,
+        cut=config.cut,
+    )
+
+
+def identity_of(config: TargetConfig, problem: Problem) -> dict[str, Any]:
+    """What makes a run this run, but for who drives it; of the problem only what is not usual."""
+    identity = {name: value for name, value in asdict(config).items() if name not in (*ASIDE, *PROBLEM)}
+    cut = {"cut": parse_cut(config.cut)} if config.cut else {}
+    described = {"domains": list(problem.store.domains), "corpus_fingerprint": problem.store.fingerprint}
+    return identity | described | cut | problem.identity()
+
+
+def target_trainer(config: TargetConfig, problem: Problem, *, decision_every: int, prefetch: int) -> "LMTrainer":
     """The target on Accelerate.
 
     Args:
         config: of the run.
-        store: its corpus.
+        problem: its data and its objective.
         decision_every: optimiser steps between decisions.
         prefetch: batches built ahead.
     """
@@ -125,7 +161,7 @@ def target_trainer(config: TargetConfig, store: TokenStore, *, decision_every: i
         parallel=config.parallel,
         on_nonfinite=config.on_nonfinite,
     )
-    return LMTrainer(settings, store, target_accelerator(config.device))
+    return LMTrainer(settings, problem.store, target_accelerator(config.device), **problem.lm_settings)
 
 
 def check_out(config: TargetConfig, identity: Mapping[str, Any], *, adapt: bool = False) -> None:
@@ -163,18 +199,3 @@ def lacks_model(folder: RunFolder, result: Mapping[str, Any]) -> bool:
         note("the run is finished, but its model/ is not there or not whole: it is written from the last checkpoint")
         return True
     return False
-
-
-def tell(out: str, result: Mapping[str, Any]) -> None:
-    """Print a result and where it lies.
-
-    Args:
-        out: folder of the run.
-        result: its `result.json`.
-    """
-    untold = ("config", "domain_loss_nats", "gate", "policy", "learning", "accounting")
-    say(listing((name, value) for name, value in result.items() if name not in untold))
-    losses = result["domain_loss_nats"].items()
-    say(listing((f"  {name}", "diverged" if loss is None else f"{loss:.4f} nats") for name, loss in losses))
-    left = [f"{name}/" for name in ("policy", "model") if (Path(out) / name).exists()]
-    say(f"run: {out} ({', '.join(('result.json', 'stats.jsonl', 'eval.jsonl', *left))})")

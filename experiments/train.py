@@ -10,6 +10,7 @@ from acodm_env.errors import ConfigError
 from acodm_env.experiments.console import listing, progress, say
 from acodm_env.experiments.run_folder import RunFolder, versions
 from acodm_env.files import write_json
+from acodm_env.objective import check_metric, describe, parse_targets
 
 if TYPE_CHECKING:
     import gymnasium as gym
@@ -19,9 +20,14 @@ if TYPE_CHECKING:
 
 PROXY_ONLY = (
     "corpus", "proxy", "episode_steps", "steps_per_action", "reward", "fields", "action_scale", "action_floor", "lag",
-    "batch_size", "sequence_length", "learning_rate", "device",
+    "batch_size", "sequence_length", "learning_rate", "device", "eval_sequences", "objective", "targets",
+    "domains", "cut",
 )  # fmt: skip
 """Settings that describe the proxy's environment."""
+PROBLEM = ("objective", "targets", "domains", "cut")
+"""Settings of the problem; a run keeps those that are not the default, as runs before there were any."""
+PROBLEMS_ENV = {"reward": {"terms": {"final": 1.0}, "final_over_uniform": True}, "episode_steps": 20}
+"""Settings of episodes on random problems: 20 decisions, and at the end the gain over uniform in nats."""
 PROXY_EPISODES, PROXY_EVALUATE_EVERY = 10, 5
 SURROGATE_EVALUATE_EVERY = 50
 FAMILY_EVALUATIONS = 16
@@ -33,17 +39,27 @@ class TrainConfig:
     """Learn a mixing policy on a proxy language model; the same command again, or --resume, goes on."""
 
     algo: str = "td3"
-    """Algorithm: td3, ddpg, sac, ppo, a2c, acodm-td3, acodm-ddpg, equivariant-td3; with the extra contrib also tqc,
-    crossq and trpo."""
+    """Algorithm: td3, ddpg, sac, ppo, a2c, acodm-td3, acodm-ddpg, equivariant-td3, equivariant-ppo; with the extra
+    contrib also tqc, crossq and trpo; and apg (--surrogate problems), which differentiates through random surfaces."""
     surrogate: str | None = None
-    """Learn on a surrogate instead of a proxy: a surface's name or file, such as regmix-1m, or the environment's
-    settings as JSON: {"surface": "regmix-1m", "noise": 0}."""
+    """Learn on a surrogate instead of a proxy: a surface's name or file, such as regmix-1m, "problems" for random
+    mixing problems, or the environment's settings as JSON: {"surface": "regmix-1m", "noise": 0}."""
     envs: int | None = None
     """Surrogate episodes at a time, as arrays; default: n_envs of the algorithm's hyper-parameters."""
     corpus: str = "pocket"
     """Folder of a token store, or "pocket"."""
     proxy: str = "tiny"
     """Proxy model: preset, config.json or hub name."""
+    objective: str = "loss"
+    """What is averaged over the targets: loss, or perplexity (its logarithm); rewards, and the choice of the best
+    policy, go by it."""
+    targets: str | None = None
+    """Held-out targets with their weights, such as "prose=2,licences=1": domains, or texts that nothing is trained on;
+    default: all domains that are trained on, alike."""
+    domains: str | None = None
+    """The domains of the corpus to train on, separated by commas; default: all."""
+    cut: str | None = None
+    """Sequences to which the training text of domains is cut, such as "prose=160"."""
     episodes: int | None = None
     """Episodes; each is one training run of the proxy from scratch. Default: 10, on a surrogate as many as
     n_timesteps of the algorithm's hyper-parameters holds."""
@@ -67,6 +83,8 @@ class TrainConfig:
     """Tokens per sequence."""
     learning_rate: float = 3e-3
     """Peak learning rate of the proxy."""
+    eval_sequences: int = 64
+    """Held-out sequences per target."""
     agent: dict[str, Any] = field(default_factory=dict)
     """Changes of the agent's hyper-parameters (`AgentRecipe`), as JSON: {"gamma": 0.95, "hidden": [64, 64]}."""
     conf_file: str | None = None
@@ -75,6 +93,11 @@ class TrainConfig:
     """Mixer whose decisions fill the replay buffer and pre-train actor and critic (off-policy algorithms)."""
     teacher_decisions: int = 200
     """Decisions of the teacher."""
+    init: str | None = None
+    """Begin with this policy (generalist, or a folder): equivariant-ppo or equivariant-td3, whose untrained actor is
+    the policy, in an environment with its fields and action map; the critic is warmed up before the actor moves."""
+    warm_up: int = 200
+    """Decisions under the initial policy from which the critic alone learns."""
     evaluate_every: int | None = None
     """Episodes between evaluations of the deterministic policy; the best one is kept. Default: 5, on a surrogate 50."""
     device: str = "auto"
@@ -93,6 +116,11 @@ class TrainConfig:
 
         require_fit(self.algo)  # before the corpus, which may have to be harvested
         self._check_surrogate()
+        if self.algo == "apg":
+            from acodm_env.experiments.train_apg import check_apg
+
+            check_apg(self)
+            return
         defaults = {
             "episodes": PROXY_EPISODES if self.surrogate is None else self._surrogate_episodes(),
             "evaluate_every": PROXY_EVALUATE_EVERY if self.surrogate is None else SURROGATE_EVALUATE_EVERY,
@@ -100,8 +128,10 @@ class TrainConfig:
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+        check_metric(self.objective)
+        parse_targets(self.targets)
         least = {"episodes": 1, "evaluate_every": 0, "episode_steps": 1, "steps_per_action": 1, "seed": 0}
-        for name, lowest in (least | {"teacher_decisions": 1}).items():
+        for name, lowest in (least | {"teacher_decisions": 1, "warm_up": 0}).items():
             if getattr(self, name) < lowest:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at least {lowest}")
         if self.envs is not None and self.envs < 1:
@@ -124,9 +154,9 @@ class TrainConfig:
                 )
 
     def _surrogate_episodes(self) -> int:
-        from acodm_env.agents.hyperparameters import SURROGATE, read_settings
+        from acodm_env.agents.hyperparameters import read_settings
 
-        settings, kwargs = read_settings(self.algo, SURROGATE, self.conf_file), self.env_kwargs()
+        settings, kwargs = read_settings(self.algo, self._section, self.conf_file), self.env_kwargs()
         decisions = -(-int(kwargs.get("episode_steps", 40)) // int(kwargs.get("steps_per_action", 1)))
         return max(1, int(settings["n_timesteps"]) // decisions)
 
@@ -142,15 +172,37 @@ class TrainConfig:
 
         if self.surrogate is None or self.envs is not None:
             return self.envs or 1
-        return int(read_settings(self.algo, self.env_id, self.conf_file).get("n_envs", 1))
+        return int(read_settings(self.algo, self._section, self.conf_file).get("n_envs", 1))
+
+    @property
+    def _section(self) -> str:
+        """Of the hyper-parameters."""
+        from acodm_env.agents.hyperparameters import PROBLEMS
+
+        return PROBLEMS if self.env_kwargs().get("problems") is not None else self.env_id
 
     def env_kwargs(self) -> dict[str, Any]:
         """Keyword arguments of `gym.make(env_id)`."""
+        return self._given_kwargs() | self._initial_kwargs()
+
+    def _initial_kwargs(self) -> dict[str, Any]:
+        """Fields and action map of the policy that learning begins with."""
+        if self.init is None:
+            return {}
+        from acodm_env.agents.initial import environment_for
+        from acodm_env.policy import open_policy
+
+        settings = environment_for(open_policy(self.init))
+        varies = self.surrogate is not None and {"problems", "family"} & self._given_kwargs().keys()
+        return settings | {"fields": [*settings["fields"], *(["mask"] if varies else [])]}
+
+    def _given_kwargs(self) -> dict[str, Any]:
         if self.surrogate is not None:
             return surrogate_kwargs(self.surrogate, self.algo, self.conf_file)
         return {
             "corpus": self.corpus,
             "proxy": self.proxy,
+            **{name: getattr(self, name) for name in PROBLEM},
             "episode_steps": self.episode_steps,
             "steps_per_action": self.steps_per_action,
             "fields": self.fields.split(",") if self.fields else None,
@@ -162,6 +214,7 @@ class TrainConfig:
                 "batch_size": self.batch_size,
                 "sequence_length": self.sequence_length,
                 "learning_rate": self.learning_rate,
+                "eval_sequences": self.eval_sequences,
             },
         }
 
@@ -177,10 +230,17 @@ def surrogate_kwargs(text: str, algo: str, conf_file: str | None) -> dict[str, A
     Raises:
         ConfigError: no valid JSON object.
     """
-    from acodm_env.agents.hyperparameters import SURROGATE, read_settings
+    from acodm_env.agents.hyperparameters import PROBLEMS, SURROGATE, read_settings
 
     given = _json("surrogate", text, "a surface's name or file") if text.lstrip().startswith("{") else {"surface": text}
-    return {**read_settings(algo, SURROGATE, conf_file).get("env_kwargs", {}), **given}
+    given = {"problems": {}} if text == "problems" else given
+    varied = given.get("problems") is not None
+    section = PROBLEMS if varied else SURROGATE
+    shipped = {} if algo == "apg" else dict(read_settings(algo, section, conf_file).get("env_kwargs", {}))
+    if varied:
+        shipped.pop("reward", None)  # of a section for one surface
+        shipped = PROBLEMS_ENV | shipped
+    return {**shipped, **given}
 
 
 def read_reward(text: str) -> Any:
@@ -206,7 +266,10 @@ def make_env(env_id: str, kwargs: Mapping[str, Any]) -> Callable[[], "gym.Env[An
     import acodm_env  # noqa: F401 (registers the environments)
 
     # One environment runs no uniform episode beside surfaces that differ from episode to episode.
-    reward = {"reward": "progress"} if kwargs.get("family") is not None else {}
+    given = kwargs.get("reward")
+    beside = isinstance(given, Mapping) and given.get("progress_over_uniform", False)
+    varied = kwargs.get("family") is not None or (kwargs.get("problems") is not None and beside)
+    reward = {"reward": "progress"} if varied else {}
     return lambda: gym.make(env_id, disable_env_checker=True, **(kwargs | reward))
 
 
@@ -230,10 +293,12 @@ def make_learner(config: TrainConfig) -> "Learner":
         algo=config.algo,
         episodes=config.episodes,
         evaluate_every=config.evaluate_every,
-        evaluation_episodes=FAMILY_EVALUATIONS if config.env_kwargs().get("family") is not None else 1,
+        evaluation_episodes=FAMILY_EVALUATIONS if {"family", "problems"} & config.env_kwargs().keys() else 1,
         checkpoint_every=1 if config.surrogate is None else config.evaluate_every or config.episodes,
         teacher=config.teacher,
         teacher_decisions=config.teacher_decisions,
+        init=config.init,
+        warm_up=config.warm_up,
         seed=config.seed,
     )
     return Learner(
@@ -248,11 +313,18 @@ def make_learner(config: TrainConfig) -> "Learner":
 
 def settings_of(config: TrainConfig) -> dict[str, Any]:
     """What must be equal for a run to be the same run."""
-    return {key: value for key, value in asdict(config).items() if key not in ("out", "resume", "quiet")}
+    later = (*PROBLEM, "init", "warm_up")
+    usual = {one.name for one in fields(config) if one.name in later and getattr(config, one.name) == one.default}
+    return {key: value for key, value in asdict(config).items() if key not in ("out", "resume", "quiet", *usual)}
 
 
 def run(config: TrainConfig) -> None:
     """Learn, print the log's last lines and where the results lie."""
+    if config.algo == "apg":
+        from acodm_env.experiments.train_apg import run_apg
+
+        run_apg(config, settings_of(config))
+        return
     result = train(config)
     say(
         listing(
@@ -288,6 +360,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         "tokens": learner.steps * info.batch_size * info.sequence_length,
         "seconds": learner.seconds,
         "best_objective_nats": learner.best_objective,
+        **({} if config.surrogate else {"objective": describe(config.objective, parse_targets(config.targets))}),
         "warm_up": learner.warm_up,
         "rows": learner.rows,
         "config": folder.config,

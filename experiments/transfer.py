@@ -5,34 +5,38 @@ writes and speaks; the others do to their part of the model what it says.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from acodm_env.agents.baselines import make_mixer
 from acodm_env.corpus import TokenStore
+from acodm_env.corpus.problem import Problem
 from acodm_env.errors import ConfigError
+from acodm_env.experiments.certified import Certified, obtain
 from acodm_env.experiments.console import note, progress, say
-from acodm_env.experiments.cost import run_cost
+from acodm_env.experiments.cost import measuring_frac, run_cost
+from acodm_env.experiments.judging import JUDGED, judge, say_held_out, tell
 from acodm_env.experiments.override import Hand
 from acodm_env.experiments.results import mixer_result
 from acodm_env.experiments.run_folder import RunFolder, open_run
 from acodm_env.experiments.runs import Saving, run_mixer
 from acodm_env.experiments.signals import Preempted, heeding_sigterm, never
 from acodm_env.experiments.target import (
-    ASIDE,
     TargetConfig,
     check_out,
     finished,
+    identity_of,
     lacks_model,
     open_store,
+    problem_of,
     target_trainer,
-    tell,
 )
 from acodm_env.experiments.tracking import tracked
 from acodm_env.files import write_json
 from acodm_env.lock import claimed
-from acodm_env.policy import Policy, PolicyMixer, scaled_interval
+from acodm_env.policy import PolicyMixer, open_policy, scaled_interval
 from acodm_env.trainer import Mixer, StepStats, Trainer
 
 if TYPE_CHECKING:
@@ -40,9 +44,11 @@ if TYPE_CHECKING:
 
 COMPARABLE = (
     *("corpus_fingerprint", "target", "steps", "batch_size", "sequence_length"),
-    *("learning_rate", "schedule", "eval_sequences", "seed"),
+    *("learning_rate", "schedule", "eval_sequences", "seed", "targets", "objective", "metric"),
 )
 """Settings that a run and its reference must share."""
+CERTIFYING = ("certificate", "certify", "proxy", "proxy_steps", "proxy_seeds")
+"""Settings of the certificate, of which its verdict alone makes the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +56,10 @@ class TransferConfig(TargetConfig):
     """Pre-train a target language model under an exported policy (--policy) or a baseline (--mixer)."""
 
     policy: str | None = None
-    """Folder of an exported policy."""
+    """Folder of an exported policy, or generalist: the shipped one, for any corpus and targets."""
     mixer: str | None = None
     """Name of a baseline, instead of a policy: uniform, proportional, static, odm-paper, odm-released, exp3,
-    exp3-classical."""
+    exp3-classical, ...; `acodm benchmark --list` names them."""
     weights: str | None = None
     """Mixture for --mixer static: "name=0.5,other=0.5", or the JSON that `acodm mixture` prints."""
     decision_every: int | None = None
@@ -69,13 +75,26 @@ class TransferConfig(TargetConfig):
     out: str = "runs/transfer"
     """Folder of the run; the same command again resumes it."""
     gate: bool = True
-    """Judge the policy first, as `acodm gate` does, and refuse one that fails; --no-gate goes on all the same."""
+    """Judge the policy first, as `acodm gate` does, and refuse one that fails, or that was learned for another
+    objective; --no-gate goes on all the same."""
+    certificate: str | None = None
+    """Folder of a certificate by `acodm gate --proxy`, whose verdict is applied: the policy, half of it, or uniform."""
+    certify: bool = False
+    """Make the certificate first, in --certificate or beside --out; the same command goes on with it."""
+    proxy: str = "tiny"
+    """Of --certify: the model on which the policy is tried."""
+    proxy_steps: int = 400
+    """Of --certify: optimiser steps of each of its runs; domains are cut so that they are passed over as often."""
+    proxy_seeds: int = 2
+    """Of --certify: seeds, none of them this run's."""
 
     def __post_init__(self) -> None:
         if (self.policy is None) == (self.mixer is None):
             raise ConfigError("policy, mixer: give exactly one of them, --policy DIR or --mixer NAME")
         if self.weights is not None and self.mixer != "static":
             raise ConfigError(f"weights={self.weights}: only --mixer static takes weights")
+        if self.policy is None and (self.certify or self.certificate):
+            raise ConfigError("certificate, certify: must come with --policy; a baseline needs none")
         super().__post_init__()
 
 
@@ -85,8 +104,12 @@ def run(config: TransferConfig) -> None:
         mixer = choose_mixer(config)  # before the corpus, which may have to be harvested
         reference = finished_run(config.reference) if config.reference else None
         store = open_store(config)
+        problem = problem_of(config, store)
+        gate = cache(lambda: _gate(config, problem, mixer))
         try:
-            result = transfer(config, store, mixer, reference, gate=lambda: _gate(config, store, mixer), stop=asked)
+            certified = obtain(config, problem, mixer.policy, gate, asked) if isinstance(mixer, PolicyMixer) else None
+            driver = certified.mixer() if certified else mixer
+            result = transfer(config, store, driver, reference, gate=gate, stop=asked, certified=certified)
         except Preempted as end:
             note(f"acodm: {end}")
             return
@@ -94,20 +117,20 @@ def run(config: TransferConfig) -> None:
         tell(config.out, result)
 
 
-def _gate(config: TransferConfig, store: TokenStore, mixer: Mixer) -> dict[str, Any] | None:
+def _gate(config: TransferConfig, problem: Problem, mixer: Mixer) -> dict[str, Any] | None:
     """The verdicts on the policy; None for a baseline, for a finished run, and where they are not wanted."""
     over = (Path(config.out) / "result.json").exists()
     if not config.gate or over or not isinstance(mixer, PolicyMixer):
         return None
     from acodm_env.experiments.gate import ask_before
 
-    return ask_before(mixer.policy, store, config.quiet)
+    return ask_before(mixer.policy, problem, config.quiet)
 
 
 def choose_mixer(config: TransferConfig) -> Mixer:
     """The exported policy or the baseline that the configuration names."""
     if config.policy is not None:
-        return PolicyMixer(Policy.load(config.policy))
+        return PolicyMixer(open_policy(config.policy), say=note)
     assert config.mixer is not None
     options = {"weights": config.weights} if config.mixer == "static" else {}
     return make_mixer(config.mixer, **options)
@@ -132,16 +155,18 @@ def transfer(
     reference: RunFolder | None = None,
     gate: Callable[[], Mapping[str, Any] | None] = lambda: None,
     stop: Callable[[], bool] = never,
+    certified: Certified | None = None,
 ) -> dict[str, Any] | None:
     """Run (or resume, or just report) one target run and return its `result.json`; None on other processes than 0.
 
     Args:
         config: the run.
-        store: its corpus.
+        store: its corpus, of which `config` chooses domains and targets.
         mixer: who drives it.
         reference: the run that its steps are counted against.
         gate: gives the verdicts on the policy, for the record; called if the run is not finished.
         stop: asked before and after every step: whether to save and end now.
+        certified: by whose verdict `mixer` drives.
 
     Raises:
         ConfigError, PolicyError, DataError: something does not fit; `out` is untouched then.
@@ -149,14 +174,15 @@ def transfer(
     """
     from acodm_env.pretrain.leader import leading
 
-    trainer = target_trainer(config, store, decision_every=_interval(config, mixer), prefetch=_prefetch(config, mixer))
+    problem, pace = problem_of(config, store), {"decision_every": _interval(config, mixer)}
+    trainer = target_trainer(config, problem, prefetch=_prefetch(config, mixer), **pace)
     with leading(trainer) as led:
         if led is None:
             return None
         if stop():
             raise Preempted("before it began")
         mixer.start(led.info)  # refuses what does not fit before the folder is claimed
-        identity = _identity(config, store, mixer)
+        identity = _identity(config, problem, mixer, certified)
         if reference is not None:
             _check_comparable(identity, reference)
         check_out(config, identity, adapt=config.adapt)
@@ -167,30 +193,35 @@ def transfer(
             folder = RunFolder(config.out, identity, adapt=config.adapt)
             before = finished(config, folder)
             if before is None or lacks_model(folder, before):
-                _train(config, led, mixer, store, folder, stop)
-            return _result(folder, led, mixer, reference, verdicts, before)
+                _train(config, led, mixer, problem, folder, stop)
+            about = {"gate": verdicts, "certificate": certified.record() if certified else None}
+            return _result(config, problem, folder, led, mixer, reference, about, before)
 
 
 def _result(
+    config: TransferConfig,
+    problem: Problem,
     folder: RunFolder,
     trainer: Trainer,
     mixer: Mixer,
     reference: RunFolder | None,
-    gate: Mapping[str, Any] | None,
+    about: dict[str, Any],
     before: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """Write and return `result.json`; what a finished run had measured of itself stays."""
     fields = mixer_result(folder, reference)
     if before is None:
-        cost = run_cost(folder, trainer)
+        fields |= judge(config, problem, trainer, fields)
+        about |= {"accounting": run_cost(folder, trainer)}
     else:
-        gate, cost = before.get("gate"), before.get("accounting")
+        fields |= {name: before[name] for name in JUDGED if name in before}
+        about = {name: before.get(name) for name in (*about, "accounting")}
         if reference is None:
             fields["steps_to_reference_ratio"] = before["steps_to_reference_ratio"]
-    about = {
-        "gate": gate,
-        "policy": dict(mixer.policy.provenance) if isinstance(mixer, PolicyMixer) else None,
-        "accounting": cost,
+    driven = isinstance(mixer, PolicyMixer)
+    about |= {
+        "in_force": (mixer.rule if isinstance(mixer, PolicyMixer) else "") or mixer.name,
+        "policy": dict(mixer.policy.provenance) if driven else None,  # type: ignore[attr-defined]
         "corpus_fingerprint": folder.config["corpus_fingerprint"],
         "config": folder.config,
     }
@@ -199,24 +230,23 @@ def _result(
     return result
 
 
-def _identity(config: TransferConfig, store: TokenStore, mixer: Mixer) -> dict[str, Any]:
+def _identity(config: TransferConfig, problem: Problem, mixer: Mixer, certified: Certified | None) -> dict[str, Any]:
     """What makes a run this run: its settings, with the *contents* of policy and weights instead of their paths."""
-    identity = {name: value for name, value in asdict(config).items() if name not in ASIDE}
+    identity = {name: value for name, value in identity_of(config, problem).items() if name not in CERTIFYING}
     if isinstance(mixer, PolicyMixer):
         identity["policy"] = mixer.policy.fingerprint
     if config.weights is not None:
         identity["weights"] = mixer.weights().tolist()
     identity["prefetch"] = _prefetch(config, mixer)
-    described = {"domains": list(store.domains), "corpus_fingerprint": store.fingerprint, "name": mixer.name}
-    return identity | described
+    return identity | {"name": mixer.name} | (certified.identity() if certified else {})
 
 
 def _check_comparable(identity: dict[str, Any], reference: RunFolder) -> None:
     """Steps to a reference compare only under the same corpus, model, tokens, schedule and seed."""
     for name in COMPARABLE:
-        if identity[name] != reference.config.get(name):
+        if identity.get(name) != reference.config.get(name):
             raise ConfigError(
-                f"reference={reference.path}: must have {name}={identity[name]!r} as this run has; "
+                f"reference={reference.path}: must have {name}={identity.get(name)!r} as this run has; "
                 f"it has {reference.config.get(name)!r}"
             )
 
@@ -225,14 +255,17 @@ def _train(
     config: TransferConfig,
     trainer: "Led",
     mixer: Mixer,
-    store: TokenStore,
+    problem: Problem,
     folder: RunFolder,
     stop: Callable[[], bool],
 ) -> None:
     device, world = trainer.inner.device, trainer.inner.ranks.world
     where = f"{device}" if world == 1 else f"{world} processes ({device.type})"
     if not config.quiet:
-        say(f"{mixer.name} drives {config.target} for {config.steps} steps on {where}")
+        say(f"{mixer.name} drives {config.target} for {config.steps} steps on {where}: {problem.describe()}")
+        if "validation" in mixer.needs:
+            say(f"measuring: {measuring_frac(mixer, trainer.info):.1%} of the run")
+    say_held_out(config, problem)
     saving = Saving(
         every=config.checkpoint_every,
         keep=config.keep,
@@ -264,7 +297,7 @@ def _train(
         return
     from acodm_env.experiments.model_folder import save_model
 
-    save_model(folder.path / "model", trainer, store)
+    save_model(folder.path / "model", trainer, problem.store)
 
 
 def _prefetch(config: TransferConfig, mixer: Mixer) -> int:

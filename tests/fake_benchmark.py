@@ -27,6 +27,7 @@ def fake_benchmark(
     *,
     targets: Sequence[str] | None = None,
     objective: Sequence[float] | None = None,
+    metric: str | None = None,
     reference: str = "odm-released",
     gains: Mapping[str, float] | None = None,
     noise: float = 0.01,
@@ -47,6 +48,7 @@ def fake_benchmark(
         seeds, schedules, steps, domains: of the plan.
         targets: held-out sets; the domains unless given.
         objective: their weights; all equal unless given.
+        metric: what is averaged, where the user chose it.
         reference: `plan.json`'s.
         gains: nats by which a mixer ends below the first one; 0.05 more for each further mixer unless given.
         noise: standard deviation of a run's final loss about its seed's, nats.
@@ -71,6 +73,7 @@ def fake_benchmark(
         "domains": [*domains],
         "targets": [*targets],
         "objective": [*objective] if objective else [1 / len(targets)] * len(targets),
+        **({"metric": metric} if metric else {}),
     }
     write_json(path / "config.json", {"config": settings, "versions": VERSIONS, "git_commit": COMMIT})
     prepared = preparation_tokens or {}
@@ -217,6 +220,7 @@ def finish_run(folder: Path, config: Mapping[str, Any], cost: Mapping[str, Any],
         "worst_domain_loss_nats": value(final[weights > 0].max()),
         "domain_loss_nats": {name: value(loss) for name, loss in zip(config["targets"], final, strict=True)},
         "final_exploration": stats[-1].get("exploration"),
+        **({"metric": config["metric"]} if "metric" in config else {}),
         "seconds_per_step": 0.1,
         "cost": cost,
         "files": {name: sha256(folder / name) for name in ("config.json", "stats.jsonl", "eval.jsonl")},

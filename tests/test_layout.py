@@ -54,7 +54,8 @@ def forbidden(module: str) -> tuple[str, ...]:
         return common
     if top == "agents":
         return (*common, "acodm_env.experiments")
-    faces = ("acodm_env/env.py", "acodm_env/__init__.py", "acodm_env/surrogate/env.py", "acodm_env/surrogate/vector.py")
+    envs = ("acodm_env/env.py", "acodm_env/proxy_env.py", "acodm_env/surrogate/env.py", "acodm_env/surrogate/vector.py")
+    faces = (*envs, "acodm_env/__init__.py")
     gym = () if module in faces else ("gymnasium",)
     return (*common, "acodm_env.agents", "acodm_env.experiments", "stable_baselines3", "sb3_contrib", *gym)
 

@@ -37,7 +37,7 @@ class Problem:
     @property
     def lm_settings(self) -> dict[str, Any]:
         """What `LMTrainer` takes beside configuration and store."""
-        return {"objective": self.targets or None, "metric": self.metric, "heldout_store": self.heldout}
+        return {"objective": self.targets or None, "metric": self.metric, "heldout_store": self.judged}
 
     @property
     def weights(self) -> dict[str, float]:

@@ -233,7 +233,9 @@ def heldout(
     for domain, size in enumerate(store.num_sequences(split, sequence_length)):
         count = min(wanted[domain], size)
         start = np.random.default_rng([seed, domain]).random()
-        indices = ((np.arange(count) + start) * (size / max(count, 1))).astype(np.int64)  # (count,), distinct: spacing >= 1
+        indices = ((np.arange(count) + start) * (size / max(count, 1))).astype(
+            np.int64
+        )  # (count,), distinct: spacing >= 1
         tokens.append(store.sequences(split, domain, np.minimum(indices, size - 1), sequence_length))
         domains.append(np.full(count, domain, dtype=np.int64))
     return np.concatenate(tokens), np.concatenate(domains)

@@ -86,6 +86,7 @@ class SurrogateTrainer:
             raise ConfigError(f"noise={noise}: must be a finite factor, 0 or more")
         self.source, self.batch, self.noise, self.reference = source, batch, noise, reference
         self.provides = frozenset({"losses", "gram", "validation", "loss_weights"})
+        self.probe_sequences: int | None = None
         if reference is not None:
             self.provides |= {"excess"}
         self.dtype: np.dtype[Any] = np.dtype(dtype)
@@ -95,10 +96,15 @@ class SurrogateTrainer:
         self._settings = {"horizon": horizon, "decision_every": decision_every}
         self._place(self._draw(np.random.default_rng(0)))
 
+    @property
+    def varies(self) -> bool:
+        """Whether the surface, and with it the padding, changes between runs."""
+        return not isinstance(self.source, Surface)
+
     def reset(self, rng: np.random.Generator) -> None:
         """Start new runs: surfaces drawn from the source, nothing learned."""
         self._rng = rng
-        if not isinstance(self.source, Surface):
+        if self.varies:
             self._place(self._draw(rng))
         self._restart()
 
@@ -143,6 +149,9 @@ class SurrogateTrainer:
         self._stand_ins = arrange([stand_ins for _, stand_ins, *_ in stacked])
         self.target_weights = arrange([weights for *_, weights, _ in stacked])
         """(…, M) weights of the targets in the objective."""
+        self.perplexity: bool | Array = False
+        """Whether the objective averages perplexities: a fitted surface's never does."""
+        self.problem: dict[str, Array] = {}
         mask = arrange([mask for *_, mask in stacked])
         self.mask: Array = np.broadcast_to(mask, (*self.batch, num_domains))
         """(…, K) 1 for a domain, 0 for padding."""
@@ -244,10 +253,22 @@ class SurrogateTrainer:
             return None
         return np.maximum(observed - self.reference, 0.0)
 
-    def evaluate(self, split: str) -> Array:
-        """Held-out losses (…, M) in nats; they are the surface's, without noise, on every split."""
+    def evaluate(self, split: str, sequences: int | None = None) -> Array:
+        """Held-out losses (…, M) in nats; they are the surface's, without noise, on every split.
+
+        With `sequences`, NaN for a target of which none is left (`objective.probe_counts`).
+        """
         held_out: Array = losses(self.law, self._memory, self._time(self.steps_done), np)
-        return held_out
+        if sequences is None:
+            return held_out
+        return np.where(np.array(self.info.probe_counts(sequences)) > 0, held_out, np.nan)
+
+    def static_losses(self) -> Array:
+        """Held-out losses (…, M) at the end of a run under the uniform mixture."""
+        runs, uniform = self.again(), self.mask / self.mask.sum(-1, keepdims=True)
+        for _ in range(self.info.horizon):
+            runs.step(uniform)
+        return runs.evaluate("validation")
 
     def state_dict(self) -> dict[str, Any]:
         """Memory, epochs and generator. The surfaces are those of the last `reset`, from the same generator."""

@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 from acodm_env.config import from_dict
 from acodm_env.errors import ConfigError
 from acodm_env.interaction import InteractionConfig
+from acodm_env.mixture import Controller
+from acodm_env.objective import value
 from acodm_env.observation import Observer
 from acodm_env.reward import Outcome, compute_terms, objective_weights
-from acodm_env.surrogate.env import SurrogateConfig, default_fields
-from acodm_env.surrogate.surface import Surface
+from acodm_env.surrogate.env import SurrogateConfig, fields_for
+from acodm_env.surrogate.problem_trainer import ProblemTrainer
 from acodm_env.surrogate.trainer import SurrogateTrainer
 from acodm_env.trainer import Array, StepStats, Trainer, merge, require
 from acodm_env.wrapper import Lagged
@@ -51,19 +53,19 @@ class SurrogateVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32], Any
         if config.bounds:
             raise ConfigError(f"bounds={dict(config.bounds)}: only the scalar environment projects; leave it out")
         self.num_envs, self.dtype = num_envs, np.dtype(dtype)
-        self.runs: SurrogateTrainer = config.trainer((num_envs,), self.dtype)
+        self.runs: SurrogateTrainer | ProblemTrainer = config.trainer((num_envs,), self.dtype)
         self.trainer: Trainer = Lagged(self.runs, config.lag) if config.lag else self.runs
         self.reward_config, self.action_map = config.reward_config(), config.action_map()
-        self._varies = not isinstance(self.runs.source, Surface)
+        self._controller = Controller(self.action_map)
         info = self.trainer.info
-        fields = default_fields(info, self._varies) if config.fields is None else config.fields
+        fields = fields_for(config, self.runs, info)
         interaction = from_dict(InteractionConfig, config.interaction or {}, "interaction")
         self.observer = Observer(info, fields, interaction, batch=(num_envs,), dtype=self.dtype)
         objective_weights(self.reward_config.objective, info)  # refuse early
         self._needs = self.observer.needs | self.reward_config.needs
         require(self.trainer, self._needs, "env: fields and reward")
         self.single_observation_space = gym.spaces.Box(self.observer.low, self.observer.high, dtype=np.float32)
-        self.single_action_space = gym.spaces.Box(-1.0, 1.0, (info.num_domains,), dtype=np.float32)
+        self.single_action_space = gym.spaces.Box(-1.0, 1.0, (self.observer.num_rows,), dtype=np.float32)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._started = self._ended = False
@@ -77,8 +79,8 @@ class SurrogateVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32], Any
         super().reset(seed=seed)
         self.trainer.reset(np.random.default_rng(int(self.np_random.integers(2**63))))
         self._started, self._ended = True, False
-        self._mask = self.runs.mask if self._varies else None
-        observation = self.observer.start(self.trainer.info, self.runs.mask)
+        observation = self.observer.start(self.trainer.info, self.runs.mask, self.runs.problem)
+        self._choices = self._choose()
         named = self.reward_config.objective
         self._objective_weights = (
             self.runs.target_weights if named is None else objective_weights(named, self.trainer.info)
@@ -87,9 +89,13 @@ class SurrogateVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32], Any
         if "validation" in self.reward_config.needs:
             self._objective = self._judge(self.trainer.evaluate("validation"))
         self._beside = self._uniform_run() if self.reward_config.progress_over_uniform else None
-        self._zeros = np.zeros((self.num_envs, self.trainer.info.num_domains), dtype=self.dtype)
-        self._weights = self.action_map.weights(self._zeros, self._mask)
-        return observation, self._info(self._zeros, None)
+        over_uniform = self.reward_config.final_over_uniform
+        self._uniform_end = self._judge(self.runs.static_losses()) if over_uniform else 0.0
+        zeros = np.zeros((self.num_envs, self.observer.num_rows), dtype=self.dtype)
+        self._controller.start()
+        self._weights = self._controller.take(zeros, self._choices, self.trainer.info.num_domains)
+        self._controller.start()
+        return observation, self._info(np.zeros_like(self._weights), None)
 
     def step(self, actions: NDArray[np.float32]) -> Step:
         """One decision of each episode; after the last one, one step that resets and ignores the actions."""
@@ -98,13 +104,15 @@ class SurrogateVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32], Any
         if self._ended:
             observation, info = self.reset()
             return observation, np.zeros(self.num_envs, dtype=self.dtype), self._nobody(), self._nobody(), info
-        self._weights = self.action_map.weights(np.asarray(actions, dtype=self.dtype), self._mask)
+        chosen: Array = np.asarray(actions, dtype=self.dtype)
+        self._weights = self._controller.take(chosen, self._choices, self.trainer.info.num_domains)
+        self.observer.decided(self._weights)
         window = self._train(self.trainer, self._weights)
         self._ended = window.step >= self.trainer.info.horizon
         before = self._objective
         if self._ended or "validation" in self._needs:
             held_out = self.trainer.evaluate("validation")
-            window = replace(window, eval_losses=held_out)
+            window = replace(window, eval_losses=self._measured(held_out))
             self._objective = self._judge(held_out)
         observation = self.observer.observe(window)
         outcome = Outcome(
@@ -115,11 +123,24 @@ class SurrogateVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32], Any
             uniform_drop=self._uniform_drop(),
             ended=self._ended,
             diverged=False,
+            uniform_end=self._uniform_end,
         )
         reward, domain_rewards, _ = compute_terms(self.reward_config, outcome)
         reward = np.full(self.num_envs, reward, dtype=self.dtype)
         truncated = np.full(self.num_envs, self._ended)
         return observation, reward, self._nobody(), truncated, self._info(domain_rewards, window)
+
+    def _choose(self) -> Array | None:
+        """(N, R) 1 for what actions may choose, or None for everything."""
+        if self.observer.general:
+            choices: Array = self.observer.view.trainable
+            return choices
+        return self.runs.mask if self.runs.varies else None
+
+    def _measured(self, held_out: Array) -> Array:
+        """What is shown of held-out losses (N, M): on problems a measurement's."""
+        sequences = self.runs.probe_sequences
+        return held_out if sequences is None else self.runs.evaluate("validation", sequences)
 
     def _nobody(self) -> NDArray[np.bool_]:
         return np.zeros(self.num_envs, dtype=bool)
@@ -134,10 +155,10 @@ class SurrogateVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32], Any
 
     def _judge(self, losses: Array) -> Array:
         """(N,) objectives of held-out losses (N, M), nats."""
-        objectives: Array = (losses * self._objective_weights).sum(-1)
+        objectives: Array = value(losses, self._objective_weights, self.runs.perplexity)
         return objectives
 
-    def _uniform_run(self) -> SurrogateTrainer:
+    def _uniform_run(self) -> SurrogateTrainer | ProblemTrainer:
         """The same surfaces again, for a run under the uniform mixture beside every episode."""
         beside = self.runs.again()
         self._uniform_objective = self._judge(beside.evaluate("validation"))

@@ -20,6 +20,7 @@ _BUILT_IN = {
     "proportional": "static:Proportional",
     "temperature": "static:Temperature",
     "unimax": "static:UniMax",
+    "target-share": "targets:TargetShare",
     "static": "static:Static",
     "schedule": "recorded:Schedule",
     "replay": "recorded:Replay",
@@ -46,6 +47,10 @@ _BUILT_IN = {
     "mixing-law": "regression:MixingLawMixer",
     "power-law": "regression:PowerLawMixer",
     "log-linear": "regression:LogLinear",
+    "marginal-value": "marginal:MarginalValue",
+    "policy": "policies:NamedPolicy",
+    "generalist": "policies:Generalist",
+    "pilot": "policies:Pilot",
 }
 """Name: module and class; a module is imported when one of its mixers is asked for."""
 

@@ -17,6 +17,7 @@ from acodm_env.trainer import Array, Mixer, RunInfo, RunRequest, RunResult, Step
 
 from .options import positive
 from .static import Proportional, Static, Uniform
+from .targets import DomainValues
 
 Mixture = str | Mapping[str, float] | Sequence[float]
 """A fixed mixture as an option: "uniform", "proportional", or what the mixer "static" takes as weights."""
@@ -42,6 +43,10 @@ class DoremiProxy(Mixer):
     a' = a·exp(ηλ);  a ← (1−c)·a'/Σa' + c/K;  loss Σ_i a_i·L_i, that is, token losses times a_i/q_i.
 
     A domain without a finite λ in a step (not drawn, NaN, a diverged step) keeps its last one, 0 before its first.
+
+    Where the objective is not the mean loss over all domains (which the paper knows nothing of: there the proxy plays
+    against the worst domain) λ_i counts K·∂objective/∂L_i times, at the last training losses: ω_i·K for mean losses.
+    A domain that is no target lacks nothing then, and where no target is trained on a stays uniform.
 
     Deviations: the paper computes a from the batch that it then weighs; here a mixture is decided before the step,
     so a step's loss weights come from the batches before. log a is what is kept, and the largest exponent is
@@ -82,6 +87,7 @@ class DoremiProxy(Mixer):
             )
         self._log_weights = np.full(info.num_domains, -math.log(info.num_domains))  # log a
         self._excess = np.zeros(info.num_domains)  # λ
+        self._values = DomainValues(info)
 
     def weights(self) -> Array:
         """The sampling mixture q (K,), at every step."""
@@ -102,18 +108,23 @@ class DoremiProxy(Mixer):
         if stats.diverged or stats.excess_losses is None:
             return
         self._excess = np.where(np.isfinite(stats.excess_losses), stats.excess_losses, self._excess)
-        exponent = self._log_weights + self.learning_rate * self._excess
+        self._values.update(stats.losses)
+        values = self._values.now()
+        excess = self._excess if values is None else values * self._excess
+        exponent = self._log_weights + self.learning_rate * excess
         tilted = np.exp(exponent - exponent.max())
         self._log_weights = np.log((1 - self.floor) * tilted / tilted.sum() + self.floor / len(tilted))
 
     def state_dict(self) -> dict[str, Any]:
-        """log a and the last λ."""
-        return {"log_weights": self._log_weights.copy(), "excess": self._excess.copy()}
+        """log a, the last λ and the last losses."""
+        state: dict[str, Any] = {"log_weights": self._log_weights.copy(), "excess": self._excess.copy()}
+        return state | {"values": self._values.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`'s value."""
         self._log_weights = np.array(state["log_weights"], dtype=np.float64)
         self._excess = np.array(state["excess"], dtype=np.float64)
+        self._values.load_state_dict(state.get("values", {}))
 
 
 class ProxyMean(Mixer):

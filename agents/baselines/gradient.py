@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 
 from acodm_env.errors import ConfigError
-from acodm_env.interaction import InteractionConfig, InteractionTracker
+from acodm_env.interaction import InteractionConfig, InteractionTracker, aligned
 from acodm_env.trainer import Array, Mixer, RunInfo, RunRequest, StepStats, merge
 from acodm_env.window import load_window, window_state
 
 from .doremi import ProxyMean
 from .options import positive
+from .targets import DomainValues
 
 _RANGE = 30.0  # nats; e^-30 is no weight, but the way back from it is finite
 
@@ -103,6 +104,12 @@ class DogeOnline(_Exponentiated):
     Gradients g_i clipped to norm 5;  s_i = lr_t·Σ_{j≠i}⟨g_i, g_j⟩ / (mean‖g‖ + 1e-6), clipped to [0, 5·lr_t];
     w ← softmax(log w + s/μ).
 
+    Where the objective is not the mean loss over all domains the sum is the paper's for targets of their own, the
+    alignment with the target's gradient: s_i = lr_t·Σ_j v_j⟨g_i, g_j⟩ / …, with v_j = K·∂objective/∂L_j at the last
+    training losses, K·ω_j for mean losses. The domain's own gradient is in it (H_ii without noise), or a single target
+    would never be raised. Deviation: a target that is trained on nowhere has no gradient here and is left out; without
+    any other the mixture stays uniform. While a target's gradient is unknown all scores stay.
+
     Deviations, beside the module's: a clipped score moves w once per decision, not once per step. Norms are those of
     the gradients as measured, noise included, since that is what the paper clips.
     """
@@ -130,8 +137,10 @@ class DogeOnline(_Exponentiated):
         """Begin with the uniform mixture and no scores."""
         super().start(info)
         self._scores = np.full(info.num_domains, np.nan)  # s / lr
+        self._values = DomainValues(info)
 
     def _exponents(self, window: StepStats) -> Array:
+        self._values.update(window.losses)
         if window.gradients is None or not np.isfinite(window.lr):
             return np.zeros_like(self._logits)
         gram, noise = window.gradients.gram()
@@ -145,21 +154,30 @@ class DogeOnline(_Exponentiated):
         if not np.isfinite(norms).any():
             return np.full(len(norms), np.nan)
         factors = np.minimum(1.0, self.clip_norm / np.maximum(_filled(norms), 1e-12))
-        off_diagonal = gram * np.outer(factors, factors)
-        np.fill_diagonal(off_diagonal, np.nan)
-        pull = np.where(np.isfinite(off_diagonal).any(1), np.nansum(off_diagonal, axis=1), np.nan)  # (K,)
+        pull = _pull(gram * np.outer(factors, factors), self._values.now())
         mean_norm = (factors * norms)[np.isfinite(norms)].mean()
         score: Array = np.clip(pull / (mean_norm + 1e-6), 0.0, self.max_score)
         return score
 
     def state_dict(self) -> dict[str, Any]:
-        """Mixture and last scores."""
-        return super().state_dict() | {"scores": self._scores.copy()}
+        """Mixture, last scores and last losses."""
+        return super().state_dict() | {"scores": self._scores.copy(), "values": self._values.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`'s value."""
         super().load_state_dict(state)
         self._scores = np.array(state["scores"], dtype=np.float64)
+        self._values.load_state_dict(state.get("values", {}))
+
+
+def _pull(gram: Array, values: Array | None) -> Array:
+    """(K,) sums of a domain's inner products with the others, or with all weighed by `values`; NaN where unknown."""
+    if values is not None:
+        return aligned(gram, values)
+    off_diagonal = gram.copy()
+    np.fill_diagonal(off_diagonal, np.nan)
+    pull: Array = np.where(np.isfinite(off_diagonal).any(1), np.nansum(off_diagonal, axis=1), np.nan)
+    return pull
 
 
 class DogeProxy(DogeOnline):
@@ -226,6 +244,9 @@ class EgInteraction(_Exponentiated):
 
     r is the environment's `interaction` term, smoothed and scaled by the same `InteractionTracker`; J(w) = Σ w_i r_i is
     linear in w, so this is mirror ascent on it. What an agent gains over this row is what the learning gains.
+
+    Where the objective is not the mean loss over all domains r is a domain's alignment with the objective's gradient,
+    Σ_j v_j⟨g_i, g_j⟩ over the same scale, as in `DogeOnline`: an environment's reward term knows no targets.
     """
 
     name = "eg-interaction"
@@ -261,19 +282,22 @@ class EgInteraction(_Exponentiated):
         """Begin with the uniform mixture and r = 0."""
         super().start(info)
         self._tracker = InteractionTracker(info.num_domains, self.interaction)
+        self._values = DomainValues(info)
 
     def _exponents(self, window: StepStats) -> Array:
-        self._tracker.update(window)
+        self._values.update(window.losses)
+        self._tracker.update(window, self._values.now())
         return self.learning_rate * self._tracker.interaction
 
     def state_dict(self) -> dict[str, Any]:
-        """Mixture and tracker."""
-        return super().state_dict() | {"tracker": self._tracker.state_dict()}
+        """Mixture, tracker and last losses."""
+        return super().state_dict() | {"tracker": self._tracker.state_dict(), "values": self._values.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`'s value."""
         super().load_state_dict(state)
         self._tracker.load_state_dict(state["tracker"])
+        self._values.load_state_dict(state.get("values", {}))
 
 
 class Pike(_Exponentiated):

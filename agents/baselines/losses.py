@@ -11,10 +11,14 @@ from acodm_env.mixture import softmax
 from acodm_env.trainer import Array, Mixer, RunInfo, RunRequest, RunResult, StepStats
 
 from .options import positive
+from .targets import domain_values, is_plain
 
 
 class SoftmaxLoss(Mixer):
     """w = softmax(L/T) over the last training losses: the two-line rule that everyone thinks of first.
+
+    It aims at no target: with the objective's weights in it a single target would get everything, which is
+    `target-share` with share 1.
 
     Before its first draw a domain counts with the loss of a model that knows nothing, ln(vocabulary). A domain that was
     not drawn, or whose loss is not finite, and every domain of a diverged step, keeps its last loss.
@@ -72,6 +76,9 @@ class ShearedLlama(Mixer):
     from scratch, so without `target_losses` a reference run over the whole horizon under the uniform mixture is asked
     for, and paid for; its final losses are the targets. Where a smaller model makes that run its losses are higher all
     over: a common shift cancels in the softmax unless `clip` is set.
+
+    Where the objective is not the mean loss what a domain lacks counts K·∂objective/∂L_i times at its last held-out
+    loss, K·ω_i for mean losses; the paper has no weights.
 
     Further deviations: w starts uniform, not at the source model's mixture; it is updated at every decision (released
     runs: 120 times, every 400 of 48,000 steps of continued pre-training), and the tilts add up, so η weighs more the
@@ -181,6 +188,8 @@ class ShearedLlama(Mixer):
         lacking = self._losses - self._targets
         if self.clip:
             lacking = np.maximum(lacking, 0.0)
+        if not is_plain(self.info):
+            lacking = domain_values(self.info, self._losses) * lacking
         tilted = softmax(np.log(self._weights) + self.learning_rate * lacking)
         mixture = (1 - self.floor) * tilted + self.floor / len(tilted)
         self._weights = mixture / mixture.sum()

@@ -25,6 +25,7 @@ import numpy as np
 from acodm_env.errors import ConfigError, unknown
 from acodm_env.laws import MixingLaw, fit_law
 from acodm_env.mixture import check_weights
+from acodm_env.objective import marginal, value
 from acodm_env.trainer import Array, Mixer, RunInfo, RunRequest, RunResult
 
 from .options import whole
@@ -164,8 +165,15 @@ class _Simulated(_Regression):
     def _choose(self, mixtures: Array, losses: Array) -> object:
         law = fit_law(self._law(), mixtures, losses)
         candidates = self._sample(np.random.default_rng([self.seed, 1]), self.simulations, self.info)
-        predicted = law.predict(candidates) @ self.info.objective_weights  # (simulations,)
+        predicted = self._judged(law.predict(candidates))  # (simulations,)
         return candidates[np.argsort(predicted, kind="stable")[: self.top]].mean(0)
+
+    def _judged(self, losses: Array) -> Array:
+        """The objective (N,) of losses (N, M)."""
+        if self.info.metric == "loss":
+            return losses @ self.info.objective_weights
+        judged: Array = value(losses, self.info.objective_weights, True)
+        return judged
 
     @abstractmethod
     def _law(self) -> str:
@@ -178,7 +186,8 @@ class RegMix(_Simulated):
 
     Deviations: the default regressor is the paper's other one, linear, here with ln(w + 0.001) beside w, because
     LightGBM cannot split a few dozen runs; `regressor="lightgbm"` is the paper's choice for 512. The objective is the
-    run's own weighted mean of the targets (the paper: the loss of one of them). Its mixtures: see the module.
+    run's own, weighted mean loss or log mean perplexity (the paper: the loss of one target). Its mixtures: see the
+    module.
     """
 
     regressor: str = "log-linear"
@@ -226,11 +235,12 @@ class LogLinear(_Regression):
     """Olmix (arXiv 2602.12237): minimise the mean fitted loss + 0.1·KL(w‖prior) subject to w_i·T ≤ 4·n_i.
 
     "Log-linear" there means that ln(L_i − c_i) is linear in w: L_i = c_i + exp(Σ_j t_ij w_j), the mixing law. (RegMix's
-    regressor "log-linear" here is another one, linear in w and ln w.) The problem is convex, so its minimum is *the*
-    minimum. T is the token budget of the whole run, n_i the tokens of domain i, the prior their shares.
+    regressor "log-linear" here is another one, linear in w and ln w.) The problem is convex, for log mean perplexity
+    too, so its minimum is *the* minimum. T is the token budget of the whole run, n_i the tokens of domain i, the prior
+    their shares.
 
-    Deviations: the objective is the run's own weighted mean; SLSQP instead of a cone solver; 32 runs whatever K
-    (Olmix: a multiple of K).
+    Deviations: the objective is the run's own, weighted mean loss or log mean perplexity; SLSQP instead of a cone
+    solver; 32 runs whatever K (Olmix: a multiple of K).
     """
 
     kl: float = 0.1
@@ -260,7 +270,8 @@ class LogLinear(_Regression):
         law = fit_law("mixing", mixtures, losses)
         assert isinstance(law, MixingLaw)
         prior = np.maximum(_prior(self.kl_prior, self.info), 1e-9)
-        return minimise_mixture(law, self.info.objective_weights, prior, self.kl, self._caps(self.info))
+        perplexity = self.info.metric == "perplexity"
+        return minimise_mixture(law, self.info.objective_weights, prior, self.kl, self._caps(self.info), perplexity)
 
     def _caps(self, info: RunInfo) -> Array:
         """Largest weights (K,) within the epoch cap."""
@@ -275,7 +286,9 @@ class LogLinear(_Regression):
         return caps
 
 
-def minimise_mixture(law: MixingLaw, objective: Array, prior: Array, kl: float, caps: Array) -> Array:
+def minimise_mixture(
+    law: MixingLaw, objective: Array, prior: Array, kl: float, caps: Array, perplexity: bool = False
+) -> Array:
     """The mixture (K,) that minimises objective·L(w) + kl·KL(w‖prior) subject to w ≤ caps.
 
     Args:
@@ -284,13 +297,15 @@ def minimise_mixture(law: MixingLaw, objective: Array, prior: Array, kl: float, 
         prior: (K,) positive.
         kl: weight of the penalty.
         caps: (K,) at most 1, with sum of at least 1.
+        perplexity: minimise ln Σ objective·e^L(w) + … instead.
     """
     from scipy.optimize import minimize
 
     def cost(mixture: Array) -> tuple[float, Array]:
-        curve = objective * np.exp(np.minimum(law.exponents @ mixture, 30.0))  # (M,)
+        curve = np.exp(np.minimum(law.exponents @ mixture, 30.0))  # (M,)
+        level, curve = _objective(law.floors, curve, objective, perplexity)
         ratio = np.log(mixture / prior)
-        return float(curve.sum() + kl * (mixture @ ratio)), curve @ law.exponents + kl * (ratio + 1)
+        return level + float(kl * (mixture @ ratio)), curve @ law.exponents + kl * (ratio + 1)
 
     caps = np.maximum(caps, 1e-12)  # ln 0 is no number
     result = minimize(
@@ -305,6 +320,15 @@ def minimise_mixture(law: MixingLaw, objective: Array, prior: Array, kl: float, 
     mixture: Array = np.clip(result.x, 0.0, caps)
     mixture /= mixture.sum()
     return mixture
+
+
+def _objective(floors: Array, curve: Array, objective: Array, perplexity: bool) -> tuple[float, Array]:
+    """The objective of losses floors + curve (M,), but for a constant, and its slope in ln curve (M,)."""
+    if not perplexity:
+        weighted = objective * curve
+        return float(weighted.sum()), weighted
+    losses = floors + curve
+    return float(value(losses, objective, True)), marginal(losses, objective, True) * curve
 
 
 def _prior(name: str, info: RunInfo) -> Array:

@@ -1,8 +1,8 @@
 """Mixtures from how the domains help each other: Skill-It, measured beforehand, and Aioli, measured during the run.
 
 Both keep a matrix of how much training on domain j lowers held-out loss i, and tilt a uniform mixture by it. The M
-targets need not be the K domains: a target's part counts by its weight in the objective, M·o_i, which is 1 for each
-where all count alike, as in the papers.
+targets need not be the K domains: a target's part counts by what a nat of it is worth, M·∂objective/∂L_i at the last
+held-out losses: M·ω_i for mean losses, which is 1 for each where all count alike, as in the papers.
 """
 
 from collections import deque
@@ -103,21 +103,24 @@ class SkillIt(Mixer):
             raise ConfigError(f"graph: must have {shape[0]} rows of {shape[1]} numbers, got {self._graph.shape}")
         if not (np.isfinite(self._graph).all() and (self._graph >= 0).all()):
             raise ConfigError("graph: must hold finite numbers of at least 0")
-        self._importance = len(info.targets) * info.objective_weights  # (M,)
         self._recent: deque[Array] = deque(maxlen=self.window)
 
     def weights(self) -> Array:
         """The mixture (K,) for the next step."""
         assert self._graph is not None  # `start` saw to it
-        losses = np.sum(self._recent, axis=0) if self._recent else np.ones(len(self._importance))  # (M,)
-        return softmax(self.learning_rate * self._graph @ (self._importance * losses))
+        losses = np.sum(self._recent, axis=0) if self._recent else self._last()  # (M,)
+        importance = len(losses) * self.info.marginal_values(self._last())  # (M,)
+        return softmax(self.learning_rate * self._graph @ (importance * losses))
+
+    def _last(self) -> Array:
+        """The last evaluation (M,), 1 nat each before the first."""
+        return self._recent[-1] if self._recent else np.ones(len(self.info.targets))
 
     def update(self, stats: StepStats) -> None:
         """Remember an evaluation."""
         if stats.eval_losses is None or stats.diverged:
             return
-        last = self._recent[-1] if self._recent else np.ones(len(self._importance))
-        self._recent.append(np.where(np.isfinite(stats.eval_losses), stats.eval_losses, last))
+        self._recent.append(np.where(np.isfinite(stats.eval_losses), stats.eval_losses, self._last()))
 
     def state_dict(self) -> dict[str, Any]:
         """The evaluations of the window."""
@@ -198,7 +201,6 @@ class Aioli(Mixer):
         """
         super().start(info)
         num_domains, num_targets = info.num_domains, len(info.targets)
-        self._importance = num_targets * info.objective_weights  # (M,)
         self._probes = self._mixtures(num_domains)  # Q (K, K)
         self._starts, self._length = self._plan(info)
         self._due = {begin + n * self._length for begin in self._starts for n in range(num_domains + 1)}
@@ -210,6 +212,7 @@ class Aioli(Mixer):
         self._losses = np.full(num_targets, np.nan)  # (M,) of the last evaluation
         self._drops = np.full((num_targets, num_domains), np.nan)  # G (M, K)
         self._matrix: Array | None = None  # Ā (M, K)
+        self._known = np.full(num_targets, info.initial_loss_nats)  # (M,) last finite losses
 
     def _mixtures(self, num_domains: int) -> Array:
         """Probes q^(j) as rows (K, K)."""
@@ -266,7 +269,8 @@ class Aioli(Mixer):
             return np.array(self._probes[probe[0]])
         if self._matrix is None:
             return np.full(self.info.num_domains, 1 / self.info.num_domains)
-        tilt: Array = self._importance @ self._matrix  # (K,)
+        importance = len(self._known) * self.info.marginal_values(self._known)  # (M,)
+        tilt: Array = importance @ self._matrix  # (K,)
         return softmax(self.learning_rate * tilt)
 
     def update(self, stats: StepStats) -> None:
@@ -276,6 +280,7 @@ class Aioli(Mixer):
             return
         missing = stats.eval_losses is None or stats.diverged
         losses = np.full_like(self._losses, np.nan) if missing else np.array(stats.eval_losses, dtype=np.float64)
+        self._known = np.where(np.isfinite(losses), losses, self._known)
         probe = self._probe_of(stats.step)
         if probe is not None:
             domain, last = probe
@@ -295,11 +300,13 @@ class Aioli(Mixer):
     def state_dict(self) -> dict[str, Any]:
         """The step, which tells round and probe, the last losses, the round's drops so far, and the matrix."""
         matrix = None if self._matrix is None else self._matrix.copy()
-        return {"step": self._step, "losses": self._losses.copy(), "drops": self._drops.copy(), "matrix": matrix}
+        arrays = {"losses": self._losses.copy(), "drops": self._drops.copy(), "known": self._known.copy()}
+        return {"step": self._step, "matrix": matrix, **arrays}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`'s value."""
         self._step = int(state["step"])
         self._losses = np.array(state["losses"], dtype=np.float64)
         self._drops = np.array(state["drops"], dtype=np.float64)
+        self._known = np.array(state.get("known", self._known), dtype=np.float64)
         self._matrix = None if state["matrix"] is None else np.array(state["matrix"], dtype=np.float64)

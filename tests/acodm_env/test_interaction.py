@@ -55,6 +55,21 @@ def test_row_sums_over_the_past_scale_by_hand():
     np.testing.assert_allclose(running.interaction, np.array([-1, 4, 1]) / 40)
 
 
+def test_values_weigh_the_columns_and_the_own_gradient_counts():
+    """Σ_j v_j H_ij with v = (2, 0, 1): (8 − 2, 2 + 3, −4 + 6); an unknown entry counts only where its value does."""
+    values = np.array([2.0, 0.0, 1.0])
+    running = tracker()
+    running.update(window(GRAM))
+    running.update(window(GRAM), values)
+    np.testing.assert_allclose(running.interaction, np.array([6, 5, 2]) / 4)
+    holes = np.array(GRAM)
+    holes[1, 1] = holes[2, 2] = np.nan
+    running.update(window(holes * 2), values)
+    np.testing.assert_allclose(running.interaction, np.array([12, 10, 2 * 4 / 4]) / [4, 4, 4], atol=2)
+    np.testing.assert_allclose(running.interaction[:2], np.array([12, 10]) / 4)
+    assert running.interaction[2] == 2 / 4  # H_22 is unknown: its last value stays
+
+
 def test_log_norm_is_the_log_of_norm_over_scale():
     running = tracker()
     np.testing.assert_array_equal(running.log_norm, [0, 0, 0])

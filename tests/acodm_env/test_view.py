@@ -26,18 +26,18 @@ INFO = RunInfo(
 
 def window(step=4, **more):
     drawn = np.array([30.0, 10.0])
-    known = dict(
-        step=step,
-        tokens=160,
-        requested=np.array([0.75, 0.25]),
-        realised=np.array([0.75, 0.25]),
-        counts=drawn,
-        loss_tokens=drawn * 3,
-        losses=np.array([5.0, 4.0]),
-        epochs=drawn / np.array([100, 1600]),
-        drawn=drawn,
-        eval_losses=np.array([np.nan, 5.5]),
-    )
+    known = {
+        "step": step,
+        "tokens": 160,
+        "requested": np.array([0.75, 0.25]),
+        "realised": np.array([0.75, 0.25]),
+        "counts": drawn,
+        "loss_tokens": drawn * 3,
+        "losses": np.array([5.0, 4.0]),
+        "epochs": drawn / np.array([100, 1600]),
+        "drawn": drawn,
+        "eval_losses": np.array([np.nan, 5.5]),
+    }
     return StepStats(**known | more)
 
 

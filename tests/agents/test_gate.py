@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from general_policy import general
 
 from acodm_env.agents.gate import (
     FAILED,
@@ -109,6 +110,33 @@ def test_random_policies_behave_but_lose_to_uniform():
     checks = [verdicts(policy.untrained(np.random.default_rng(seed))) for seed in range(8)]
     assert all(named(one, FAILED) <= {"surrogate value"} for one in checks)
     assert sum(one["surrogate value"].verdict == FAILED for one in checks) >= 4
+
+
+def test_a_policy_for_any_problem_is_played_on_the_surrogate():
+    policy = general(horizon=4, decision_every=1, support={"num_rows": [3, 40]})
+    aim = imagined_run(policy, ("x", "y", "z"), 9.0, objective={"y": 0.5, "elsewhere": 0.5}, metric="perplexity")
+    checks = {check.name: check for check in judge(policy, SURFACE, seeds=1, run=aim)}
+    assert (aim.rows, aim.objective) == (("x", "y", "z", "elsewhere"), (0.5, 0.5))
+    assert named(checks, NOT_CHECKED) == set()
+    assert checks["fits"].verdict == PASSED
+    assert np.isfinite(checks["surrogate value"].value)
+
+
+def test_outside_of_its_training_support_it_is_not_judged_and_the_rule_is_named():
+    policy = general(horizon=4, decision_every=1, support={"num_rows": [3, 5]})
+    aim = imagined_run(policy, tuple("abcdef"), 9.0, objective={"a": 1.0})
+    checks = {check.name: check for check in judge(policy, SURFACE, seeds=1, run=aim)}
+    assert "6 domains and targets, it learned with 3 to 5; target-share" in checks["fits"].explanation
+    assert checks["fits"].verdict == PASSED
+    assert checks["surrogate value"].verdict == NOT_CHECKED
+    assert "outside of its training support" in checks["surrogate value"].explanation
+
+
+def test_an_objective_that_it_was_not_learned_for_fails():
+    policy = dense(provenance={"config": {"objective": "loss", "targets": "github=2,wikipedia_en=1"}})
+    checks = verdicts(policy, run=INFO)
+    assert named(checks, FAILED) == {"fits"}
+    assert "learned for the mean loss of github ×2, wikipedia_en, this run's objective is" in checks["fits"].explanation
 
 
 def test_broken_weights_fail_and_everything_else_is_left_open():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from general_policy import general
 from plugin import install, tiny
 
 from acodm_env.errors import AcodmError
@@ -197,12 +198,12 @@ def test_another_corpus_in_its_place_is_refused(done, tmp_path):
 
 def test_targets_that_nobody_trains_on(tiny_corpus, tmp_path):
     out = tmp_path / "b"
-    settings = tiny(tiny_corpus, out, domains="letters,numbers", objective="verbs=3,letters=1", seeds="1")
+    settings = tiny(tiny_corpus, out, domains="letters,numbers", targets="verbs=3,letters=1", seeds="1")
     plan = make_plan(BenchmarkConfig(**settings), out)
     run_cell(out, 0)
     result = json.loads((out / plan.cells[0].folder / "result.json").read_text())
     losses = result["domain_loss_nats"]
-    assert list(losses) == ["verbs", "letters"]
+    assert list(losses) == ["letters", "verbs"]
     assert result["mean_loss_nats"] == pytest.approx(0.75 * losses["verbs"] + 0.25 * losses["letters"])
     assert result["mean_perplexity"] == pytest.approx(0.75 * np.exp(losses["verbs"]) + 0.25 * np.exp(losses["letters"]))
     assert result["worst_domain_loss_nats"] == max(losses.values())
@@ -283,3 +284,50 @@ def test_models_are_kept_where_that_is_asked_for(tiny_corpus, tmp_path):
     (subject,) = find_subjects([str(tmp_path / "b" / first.folder)])
     assert (subject.model / "model.safetensors").is_file()
     assert subject.config["corpus_fingerprint"]
+
+
+def test_one_proxy_run_is_measured_on_its_way_and_charged(tiny_corpus, tmp_path):
+    out = tmp_path / "b"
+    names = ("letters", "numbers")
+    settings = tiny(tiny_corpus, out, mixers="marginal-value", seeds="1", steps=10, mean_of=False)
+    plan = make_plan(BenchmarkConfig(**settings, targets="letters=3,numbers=1"), out)
+    for cell in plan.cells:
+        if cell.kind == "preparation" or cell.mixer == "marginal-value":
+            run_cell(out, cell.index)
+    folder = out / next(cell.folder for cell in plan.cells if cell.kind == "preparation")
+    record = json.loads((folder / "result.json").read_text())
+    proxy = record["results"]["proxy"]
+    assert proxy["steps"] == [4, 5, 8, 10]
+    assert proxy["losses"][-1] == proxy["final_losses"]
+    lines = [json.loads(line) for line in (folder / "proxy" / "stats.jsonl").read_text().splitlines()]
+    measured = {line["step"]: line["eval_losses"] for line in lines if line["eval_losses"] is not None}
+    assert measured == dict(zip((4, 5, 8), proxy["losses"][:3], strict=True))
+    # ten steps, and before, at the end and three times between: 2 targets × 2 sequences each
+    assert record["cost"]["tokens"] == 10 * 6 * 32 + 5 * (2 * 2 * 32)
+    played = json.loads((out / "cells/cosine/marginal-value/seed0/stats.jsonl").read_text().splitlines()[0])
+    losses = np.array(proxy["losses"])
+    slopes = ((losses[0] - losses[2]) / np.log(8 / 4) + (losses[1] - losses[3]) / np.log(10 / 5)) / 2
+    chosen = np.maximum([0.75, 0.25] * slopes, 0) ** 0.7
+    expected = dict.fromkeys(("letters", "numbers", "verbs"), 0.05 / 3)
+    expected |= {name: 0.05 / 3 + 0.95 * x for name, x in zip(names, chosen / chosen.sum(), strict=True)}
+    np.testing.assert_allclose(played["requested"], [expected[name] for name in sorted(expected)], atol=1e-9)
+
+
+def test_pilot_replays_a_run_under_a_policy_at_its_own_pace(tiny_corpus, tmp_path):
+    out, policy = tmp_path / "b", general(probe_sequences=None, decision_every=3, horizon=6)
+    policy.save(tmp_path / "policy")
+    options = {"pilot": {"policy": str(tmp_path / "policy")}}
+    settings = tiny(tiny_corpus, out, mixers="pilot", options=options, seeds="1", mean_of=False, targets="letters")
+    plan = make_plan(BenchmarkConfig(**settings), out)
+    for cell in plan.cells:
+        if cell.kind == "preparation" or cell.mixer == "pilot":
+            run_cell(out, cell.index)
+    folder = out / next(cell.folder for cell in plan.cells if cell.kind == "preparation")
+    lines = [json.loads(line) for line in (folder / "proxy" / "stats.jsonl").read_text().splitlines()]
+    mixtures = [line["requested"] for line in lines]
+    assert mixtures[:3] == [mixtures[0]] * 3
+    assert mixtures[3:] == [mixtures[3]] * 3 != [mixtures[0]] * 3
+    played = json.loads((out / "cells/cosine/pilot/seed0/stats.jsonl").read_text().splitlines()[0])["requested"]
+    np.testing.assert_allclose(played, np.mean(mixtures, axis=0), atol=1e-9)
+    cost = json.loads((out / "cells/cosine/pilot/seed0/result.json").read_text())["cost"]
+    assert cost["preparation"]["tokens"] >= 6 * 6 * 32

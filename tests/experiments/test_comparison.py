@@ -200,7 +200,7 @@ def test_plain_runs(tmp_path):
     assert run.result["worst_domain_loss_nats"] == max(run.result["domain_loss_nats"].values())
     assert run.command == (
         f"acodm transfer --mixer ado --target tiny --steps 40 --batch_size {BATCH} --sequence_length {LENGTH} "
-        f"--evaluations 8 --seed 1 --out {tmp_path / 'ado1'}"
+        f"--evaluations 8 --eval_sequences 8 --seed 1 --out {tmp_path / 'ado1'}"
     )
 
 

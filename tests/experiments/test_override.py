@@ -104,6 +104,12 @@ def steered(tmp_path):
     return mixer
 
 
+def test_a_mixers_cheap_measurements_stay_cheap():
+    mixer = make_mixer("uniform")
+    mixer.probe_sequences = 8
+    assert Steered(mixer).probe_sequences == 8
+
+
 def put(folder, text):
     file = folder / FILE
     file.write_text(text if isinstance(text, str) else json.dumps(text))

@@ -88,9 +88,9 @@ def test_a_later_command_adds_to_the_plan(tiny_corpus, tmp_path):
         ({"options": {"aioli": {}}}, "options.aioli: is not among --mixers"),
         ({"mixers": "exp3", "options": {"exp3": 3}}, "must be a mapping"),
         ({"mixers": "exp3", "options": {"exp3": {"lr": 3}}}, "unexpected keyword argument 'lr'"),
-        ({"objective": "leters=1"}, "did you mean 'letters'"),
-        ({"objective": "letters=0"}, "positive weight"),
-        ({"objective": "letters=much"}, "must be name=weight"),
+        ({"targets": "leters=1"}, "did you mean 'letters'"),
+        ({"targets": "letters=0"}, "positive weight"),
+        ({"targets": "letters=much"}, "must be a finite weight"),
         ({"domains": "letters,verb"}, "did you mean 'verbs'"),
         ({"policy": "nowhere"}, "nowhere"),
         ({"reference": "odm"}, "did you mean"),
@@ -138,14 +138,14 @@ def test_the_list_names_paper_needs_and_defaults():
 
 def test_domains_and_targets_may_differ(tiny_corpus, tmp_path):
     config = BenchmarkConfig(
-        **tiny(tiny_corpus, tmp_path / "b", domains="letters,numbers", objective="verbs=3,letters=1")
+        **tiny(tiny_corpus, tmp_path / "b", domains="letters,numbers", targets="verbs=3,letters=1")
     )
     make_plan(config, tmp_path / "b")
     from acodm_env.experiments.run_folder import recorded_config
 
     settings = recorded_config(tmp_path / "b")
     assert settings["domains"] == ["letters", "numbers"]
-    assert settings["targets"] == ["verbs", "letters"]
-    assert settings["objective"] == [0.75, 0.25]
+    assert settings["targets"] == ["letters", "verbs"]
+    assert settings["objective"] == [0.25, 0.75]
     with pytest.raises(AcodmError, match="domains"):
         make_plan(replace(config, domains="letters,verbs"), tmp_path / "b")

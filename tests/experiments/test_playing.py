@@ -1,11 +1,15 @@
 """Mixers on surfaces, with the runs that they ask for."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from general_policy import general
 
 from acodm_env.agents.baselines import make_mixer
 from acodm_env.errors import ConfigError
 from acodm_env.experiments.playing import Conditions, play, require_fit
+from acodm_env.policy import PolicyMixer
 from acodm_env.surrogate.surface import Surface
 
 SURFACE = Surface.load("regmix-1m").without_repetition()
@@ -25,12 +29,22 @@ def test_the_same_seed_plays_the_same_and_another_one_other_noise():
     assert ends[0] == ends[1] != ends[2]
 
 
-@pytest.mark.parametrize("name", ["doremi", "skill-it", "doge"])
+@pytest.mark.parametrize("name", ["doremi", "skill-it", "doge", "marginal-value"])
 def test_a_method_gets_the_runs_that_it_asks_for(name):
     mixer = make_mixer(name)
     played = play(mixer, SURFACE, SHORT, seed=0)
     assert np.isfinite(played.objective)
     assert played.mixture.sum() == pytest.approx(1)
+
+
+def test_pilot_replays_what_its_policy_played_at_its_own_pace(tmp_path):
+    policy = general(probe_sequences=None, decision_every=1, horizon=4)
+    policy.save(tmp_path / "policy")
+    own = play(PolicyMixer(policy), SURFACE, replace(SHORT, noise=0.0), seed=0)
+    pilot = play(make_mixer("pilot", policy=str(tmp_path / "policy")), SURFACE, replace(SHORT, noise=0.0), seed=0)
+    assert pilot.mixture == pytest.approx(own.mixture)
+    other = play(PolicyMixer(policy), SURFACE, replace(SHORT, steps_per_action=1, noise=0.0), seed=0)
+    np.testing.assert_array_equal(other.mixture, own.mixture)
 
 
 def test_a_regression_is_fitted_on_runs_of_the_surface():

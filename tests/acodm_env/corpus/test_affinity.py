@@ -12,7 +12,9 @@ def test_standardised_by_hand():
     spread = np.sqrt(2 / 3)
     np.testing.assert_allclose(got, [[OWN, -1 / spread, 0, 1 / spread]])
     np.testing.assert_allclose(standardised(np.array([[9.0, 1.0, 1.1, 1.0]]), own)[0, 1:].mean(), 0, atol=1e-12)
-    assert np.abs(standardised(np.array([[9.0, 1.0, 1.1, 1.0]]), own)[0, 1:]).max() < 0.3  # no difference worth the name
+    assert (
+        np.abs(standardised(np.array([[9.0, 1.0, 1.1, 1.0]]), own)[0, 1:]).max() < 0.3
+    )  # no difference worth the name
 
 
 def test_a_domain_is_nearest_to_itself(tiny_store):

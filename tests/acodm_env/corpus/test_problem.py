@@ -21,6 +21,8 @@ def test_by_default_all_domains_count_alike(tiny_store):
     assert problem.describe() == "mean loss over all domains"
     assert problem.lm_settings == {"objective": None, "metric": "loss", "heldout_store": tiny_store}
     assert problem.weights == dict.fromkeys(("letters", "numbers", "verbs"), 1 / 3)
+    some = choose(tiny_store, domains="verbs,letters")
+    assert some.lm_settings["heldout_store"].domains == some.judged.domains == ("verbs", "letters")
 
 
 def test_one_objective_has_one_identity_however_it_is_written(tiny_store):

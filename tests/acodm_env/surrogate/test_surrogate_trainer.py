@@ -281,10 +281,10 @@ def test_again_is_the_same_run_without_noise():
 
 # --- every mixer -------------------------------------------------------------------------------------------
 
-PREPARED = {"doremi", "skill-it", "doge", "regmix", "mixing-law", "power-law", "log-linear"}
+PREPARED = {"doremi", "skill-it", "doge", "regmix", "mixing-law", "power-law", "log-linear", "marginal-value"}
 """Need runs of their own before; the benchmark makes those."""
-OF_A_RUN = {"replay", "mean-of"}
-"""Need the folder of a recorded run."""
+OF_A_FILE = {"replay", "mean-of", "policy", "generalist", "pilot"}
+"""Need the folder of a recorded run or of a policy."""
 WEIGHTS = {name: 1.0 + (name == "github") for name in SHIPPED.domains}
 OPTIONS = {"static": {"weights": WEIGHTS}, "schedule": {"points": [{"at": 0, "weights": WEIGHTS}]}}
 
@@ -294,12 +294,12 @@ def test_mixers_are_sorted_into_those_that_need_runs_before_and_others():
     needing = {
         name
         for name in mixer_names()
-        if name not in OF_A_RUN | {"sheared-llama"} and make_mixer(name, **OPTIONS.get(name, {})).preparation(info)
+        if name not in OF_A_FILE | {"sheared-llama"} and make_mixer(name, **OPTIONS.get(name, {})).preparation(info)
     }
     assert needing == PREPARED
 
 
-@pytest.mark.parametrize("name", sorted(set(mixer_names()) - PREPARED - OF_A_RUN - {"sheared-llama"}))
+@pytest.mark.parametrize("name", sorted(set(mixer_names()) - PREPARED - OF_A_FILE - {"sheared-llama"}))
 def test_every_mixer_runs(name):
     reference = np.full(17, 3.0) if name == "doremi-proxy" else None
     runs = SurrogateTrainer(SHIPPED, horizon=20, reference=reference)

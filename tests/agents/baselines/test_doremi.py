@@ -115,6 +115,39 @@ def test_saved_and_loaded_goes_on_exactly(tmp_path):
         np.testing.assert_array_equal(seen(whole, excess), seen(again, excess))
 
 
+# --- the user's own targets ----------------------------------------------------------------------------------
+
+
+def aimed(targets, metric="loss"):
+    mixer = make_mixer("doremi-proxy", learning_rate=1.0, floor=0.1)
+    mixer.start(replace(info(2), targets=tuple(targets), objective=tuple(targets.values()), metric=metric))
+    return mixer
+
+
+def test_excess_counts_by_the_weights_of_the_targets():
+    """K·ω = (1.5, 0.5): exponents 1.5 ln 3 and 0.5 ln 4, a' = (3^1.5, 2)/2."""
+    mixer = aimed({"domain1": 0.25, "domain0": 0.75})
+    tilted = np.array([3**1.5, 2.0])
+    assert seen(mixer, [math.log(3), math.log(4)]) == pytest.approx(0.9 * tilted / tilted.sum() + 0.05)
+
+
+def test_a_domain_that_is_no_target_lacks_nothing():
+    assert seen(aimed({"domain1": 1.0}), [9.0, math.log(2) / 2]) == pytest.approx([0.9 / 3 + 0.05, 0.9 * 2 / 3 + 0.05])
+    assert seen(aimed({"a book": 1.0}), [9.0, 1.0]) == pytest.approx([0.5, 0.5])
+
+
+def test_perplexities_weigh_the_excess_by_the_last_training_losses():
+    """Losses ln 1 and ln 3: K·e^L/Σ = (0.5, 1.5); a loss that is missing keeps its last."""
+    mixer = aimed({"domain0": 0.5, "domain1": 0.5}, "perplexity")
+    tilted = np.array([2.0, 3**1.5])
+    first = seen(mixer, [math.log(4), math.log(3)], losses=np.log([1.0, 3.0]))
+    assert first == pytest.approx(0.9 * tilted / tilted.sum() + 0.05)
+    again = aimed({"domain0": 0.5, "domain1": 0.5}, "perplexity")
+    again.load_state_dict(mixer.state_dict())
+    tilted = first * [2.0, 3**1.5]
+    assert seen(again, [math.log(4), NAN], losses=np.full(2, NAN)) == pytest.approx(0.9 * tilted / tilted.sum() + 0.05)
+
+
 # --- the trap: weights computed and never used ---------------------------------------------------------------
 
 

@@ -161,6 +161,75 @@ def test_doges_weights_change_the_training(tiny_store):
     assert norms[0] != pytest.approx(norms[1], rel=1e-3)
 
 
+# --- the user's own targets ----------------------------------------------------------------------------------
+
+
+def aimed(name, targets, metric="loss", **options):
+    mixer = make_mixer(name, **options)
+    run = replace(info(), targets=tuple(targets), objective=tuple(targets.values()), metric=metric)
+    mixer.start(run)
+    return mixer
+
+
+@pytest.mark.parametrize("name", ["doge-online", "doge-proxy"])
+def test_doge_aligns_with_the_targets_gradient_the_domains_own_included(name):
+    """Norms 2. One target: pulls 3·(4, 2, 0) over 2, clipped to 5; two with ω (¼, ¾): 3·(1 + ¾, ½ + ¾, 0 − ¾ + …)."""
+    mixer = aimed(name, {"domain0": 1.0}, floor=0.1)
+    weights = seen(mixer, Given(gram(2.0, 0.0, -1.0)))
+    assert weights == pytest.approx(0.9 * softmax([5.0, 3.0, 0.0]) + 0.1 / 3, rel=1e-5)
+    mixed = aimed(name, {"domain2": 0.75, "domain0": 0.25}, floor=0.1)
+    pulls = 3 * np.array([0.25 * 4 + 0.75 * 0, 0.25 * 2 - 0.75 * 1, 0.25 * 0 + 0.75 * 4])
+    expected = np.clip(pulls / 2, 0.0, 5.0)
+    assert expected == pytest.approx([1.5, 0.0, 4.5])
+    assert seen(mixed, Given(gram(2.0, 0.0, -1.0))) == pytest.approx(0.9 * softmax(expected) + 0.1 / 3, rel=1e-5)
+
+
+def test_doges_clipped_norms_clip_the_own_gradient_too():
+    """Measured norms 10, 5, 5 are clipped to 5; the target is domain 0: 3·(84/4, 20/2, 4/2) over 5."""
+    mixer = aimed("doge-online", {"domain0": 1.0}, floor=0.0, max_score=20.0)
+    noisy = Given(gram(20.0, 4.0, 3.0, diagonal=(84.0, 25.0, 25.0)), noise=[16.0, 0.0, 0.0])
+    assert seen(mixer, noisy) == pytest.approx(softmax([63 / 5, 30 / 5, 6 / 5]), rel=1e-5)
+
+
+def test_while_the_targets_gradient_is_unknown_scores_stay():
+    single = gram(2.0, 0.0, -1.0, diagonal=(NAN, 4.0, 4.0))  # one sequence of the target: no unbiased ‖g‖²
+    mixer = aimed("doge-online", {"domain0": 1.0}, floor=0.0)
+    seen(mixer, Given(gram(1.0, 0.0, -1.0)))  # 5 (clipped), 1.5, 0
+    assert seen(mixer, Given(single)) == pytest.approx(softmax([5 + 5.0, 1.5 + 3.0, 0.0]), rel=1e-5)
+    fresh = aimed("doge-online", {"domain0": 1.0}, floor=0.0)
+    absent = [[NAN, NAN, NAN], [NAN, 4.0, 1.0], [NAN, 1.0, 4.0]]
+    assert seen(fresh, Given(absent), counts=[0, 10, 10]) == pytest.approx(np.full(3, 1 / 3))
+
+
+@pytest.mark.parametrize("name", ["doge-online", "eg-interaction"])
+def test_targets_that_are_trained_on_nowhere_move_nothing(name):
+    mixer = aimed(name, {"a book": 1.0})
+    for step in range(1, 4):
+        weights = seen(mixer, Given(gram(2.0, 0.0, -1.0)), step)
+    assert weights == pytest.approx(np.full(3, 1 / 3))
+
+
+def test_perplexities_weigh_gradients_by_the_last_training_losses():
+    """e^L = 1, 2, 3 with ω = 1/3: values ½, 1, 3/2; pulls (4·½ + 2 + 0, 2·½ + 4 − 3/2, 0 − 1 + 6) over 2."""
+    mixer = aimed("doge-online", dict.fromkeys(("domain0", "domain1", "domain2"), 1 / 3), "perplexity", floor=0.0)
+    weights = seen(mixer, Given(gram(2.0, 0.0, -1.0)), losses=np.log([1.0, 2.0, 3.0]))
+    assert weights == pytest.approx(softmax([2.0, 1.75, 2.5]), rel=1e-5)
+    again = aimed("doge-online", dict.fromkeys(("domain0", "domain1", "domain2"), 1 / 3), "perplexity", floor=0.0)
+    again.load_state_dict(mixer.state_dict())
+    after = [seen(one, Given(gram(2.0, 0.0, -1.0)), 2, losses=np.full(3, NAN)) for one in (mixer, again)]
+    assert after[0] == pytest.approx(softmax([4.0, 3.5, 5.0]), rel=1e-5)
+    np.testing.assert_array_equal(*after)
+
+
+def test_eg_follows_the_alignment_with_the_target():
+    """The first window sets s = 4; then r = 0.3·3·(4, 2, 0)/4, bounded by ±2K = 6."""
+    mixer = aimed("eg-interaction", {"domain0": 1.0}, learning_rate=0.5)
+    seen(mixer, Given(gram(2.0, 0.0, -1.0)))
+    weights = seen(mixer, Given(gram(2.0, 0.0, -1.0)), 2)
+    reward = 0.3 * 3 * np.array([4.0, 2.0, 0.0]) / 4
+    assert weights == pytest.approx(0.9 * softmax(0.5 * reward) + 0.1 / 3)
+
+
 # --- exponentiated gradient on the environment's reward ------------------------------------------------------
 
 

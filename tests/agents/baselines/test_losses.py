@@ -105,6 +105,19 @@ def test_sheared_llama_by_hand():
     np.testing.assert_allclose(mixer.weights(), 0.9 * tilted / tilted.sum() + 0.1 / 3)
 
 
+@pytest.mark.parametrize(
+    ("objective", "metric", "values"),
+    [((0.5, 0.25, 0.25), "loss", [1.5, 0.75, 0.75]), ((), "perplexity", [6 / 11, 18 / 11, 9 / 11])],
+)
+def test_sheared_llama_counts_what_is_lacking_by_what_it_is_worth(objective, metric, values):
+    """Losses ln 2, ln 6, ln 3 lie ln 2, ln 6 and ln 3 above targets of 0; perplexities are 2, 6 and 3 of 11."""
+    info = replace(INFO, objective=objective, metric=metric)
+    mixer = started("sheared-llama", info, target_losses=dict.fromkeys(NAMES, 0.0), floor=1e-9)
+    mixer.update(stats_of(eval_losses=np.log([2.0, 6.0, 3.0])))
+    tilted = np.array([2.0, 6.0, 3.0]) ** values
+    np.testing.assert_allclose(mixer.weights(), tilted / tilted.sum(), rtol=1e-6)
+
+
 def test_the_papers_form_clips_losses_below_their_target():
     mixer = started("sheared-llama", target_losses=TARGETS, clip=True, floor=1e-9, learning_rate=2.0)
     mixer.update(stats_of(eval_losses=[1.0 + math.log(2), 0.5, 1.0]))

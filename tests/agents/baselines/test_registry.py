@@ -10,6 +10,7 @@ from statistics import median
 
 import numpy as np
 import pytest
+from general_policy import general
 
 from acodm_env.agents import baselines
 from acodm_env.agents.baselines import make_mixer, mixer_names, register_mixer
@@ -19,10 +20,21 @@ from acodm_env.files import read_state, write_state
 from acodm_env.pretrain.config import LMConfig
 from acodm_env.pretrain.trainer import LMTrainer
 from acodm_env.trainer import RunResult, StepStats, drive
+from acodm_env.watching import held_out_curve, watched_steps
 from toy import ToyTrainer
 
 ROOT = Path(__file__).parents[3]
 HORIZON = 120
+
+
+@pytest.fixture(scope="module", autouse=True)
+def policies(tmp_path_factory):
+    """Where policies "come with the package" here: one that was never trained."""
+    folder = tmp_path_factory.mktemp("policies")
+    general(probe_sequences=None).save(folder / "generalist")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("acodm_env.policy.POLICIES", folder)
+        yield folder
 
 
 class FullToy(ToyTrainer):
@@ -55,6 +67,8 @@ def options_of(name, folder):
         lines = [{"step": i + 1, "requested": [0.2 + 0.1 * (i % 3), 0.3, 0.5 - 0.1 * (i % 3)]} for i in range(9)]
         (folder / "stats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         return {"run": str(folder)}
+    if name == "policy":
+        return {"policy": "generalist"}
     return {"max_epochs": 100.0} if name in ("unimax", "log-linear") else {}  # the toy's domains are small
 
 
@@ -67,10 +81,12 @@ def prepared(name, info, folder):
         mixture = (
             np.array(list(given.values())) if isinstance(given, dict) else rng.dirichlet(np.ones(info.num_domains))
         )
+        final = 3.0 + 1 / (0.5 + mixture[: len(info.targets)])
         results[request.name] = RunResult(
             mixture=mixture,
             initial_losses=np.full(len(info.targets), 5.0),
-            final_losses=3.0 + 1 / (0.5 + mixture[: len(info.targets)]),
+            final_losses=final,
+            **held_out_curve(request, {step: final + 1 / step for step in watched_steps(request)}, final),
         )
     if results:
         mixer.prepare(results)
@@ -203,6 +219,7 @@ def test_every_name_of_the_issue_is_there():
     names = {"uniform", "proportional", "static", "schedule", "replay", "mean-of", "temperature", "unimax", "odm-paper"}
     names |= {"odm-released", "odm-paper-rescaled", "odm-released-rescaled", "exp3", "exp3-classical", "softmax-loss"}
     names |= {"doremi", "sheared-llama", "skill-it", "aioli", "doge", "eg-interaction", "pike", "ado", "regmix"}
+    names |= {"target-share", "marginal-value", "pilot", "generalist", "policy"}
     assert names | {"mixing-law", "power-law", "log-linear"} <= set(mixer_names())
 
 

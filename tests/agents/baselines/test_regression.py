@@ -163,6 +163,30 @@ def test_the_targets_need_not_be_the_domains():
     assert mixer.weights()[3] > 0.7  # only the last domain helps
 
 
+@pytest.mark.parametrize(("name", "within"), [("mixing-law", 0.02), ("power-law", 0.02), ("log-linear", 0.02)])
+def test_mean_perplexity_is_minimised_where_it_is_asked_for(name, within):
+    """A surface with a large loss that falls slowly: the mean loss leaves it alone, perplexity does not."""
+    levels, gains = np.array([2.0, 2.0, 2.0, 4.0]), np.array([0.4, 0.4, 0.4, 0.1])
+
+    def judged(weights):
+        return np.log(np.exp(levels + gains / (weights + 0.1)).mean(-1))
+
+    info = replace(INFO, metric="perplexity")
+    options = {"kl": 0.0} if name == "log-linear" else {"simulations": 20_000}
+
+    def found(info):
+        mixer = make_mixer(name, **options)
+        results = ran(mixer.preparation(info))
+        mixer.prepare({k: replace(r, final_losses=levels + gains / (r.mixture + 0.1)) for k, r in results.items()})
+        mixer.start(info)
+        return mixer.weights()
+
+    plain, aimed = found(INFO), found(info)
+    assert aimed[3] > plain[3] + 0.1
+    best = judged(np.random.default_rng(0).dirichlet(np.ones(4), 50_000)).min()
+    assert judged(aimed) < best + within < judged(plain)
+
+
 @pytest.mark.parametrize("name", FAMILY)
 def test_fits_and_choices_are_deterministic(name):
     assert (started(name).weights() == started(name).weights()).all()
@@ -221,6 +245,19 @@ def test_no_mixture_at_random_beats_the_solver():
         others = np.vstack([others[(others <= caps).all(1)], best])
         values = law.predict(others).mean(1) + 0.1 * (others * np.log(np.maximum(others, 1e-300) / prior)).sum(1)
         assert values.argmin() == len(others) - 1, seed
+
+
+def test_no_mixture_at_random_beats_the_solver_in_perplexity():
+    rng = np.random.default_rng(0)
+    others = rng.dirichlet(np.full(5, 0.7), 20_000)
+    for _ in range(5):
+        law = MixingLaw(rng.normal(0, 2, (4, 5)), rng.uniform(0, 3, 4))
+        objective, prior = rng.dirichlet(np.ones(4)), np.full(5, 0.2)
+        best = minimise_mixture(law, objective, prior, 0.1, np.ones(5), perplexity=True)
+        mixtures = np.vstack([others, best])
+        penalty = (mixtures * np.log(np.maximum(mixtures, 1e-300) / prior)).sum(1)
+        values = np.log(np.exp(law.predict(mixtures)) @ objective) + 0.1 * penalty
+        assert values[-1] <= values.min() + 1e-9
 
 
 def test_an_empty_domain_gets_nothing():

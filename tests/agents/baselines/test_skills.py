@@ -120,6 +120,14 @@ def test_skill_it_weighs_targets_by_the_objective():
     np.testing.assert_allclose(mixer.weights(), softmax([0.2 * (0.5 * 3 + 0.1 * 2), 0.2 * 0.2 * 2]))
 
 
+def test_skill_it_weighs_perplexities_by_their_size():
+    """At e^L = 1 and 3: 2·(¼·ln 1, ¾·ln 3) = (0, 1.5 ln 3); before an evaluation ω alone counts."""
+    mixer = skilled(replace(INFO, metric="perplexity"))
+    np.testing.assert_allclose(mixer.weights(), softmax([0.2 * 0.6, 0.2 * 0.2]))
+    mixer.update(evaluated(np.log([1.0, 3.0])))
+    np.testing.assert_allclose(mixer.weights(), softmax(0.2 * 1.5 * math.log(3) * np.array([0.1, 0.2])))
+
+
 def test_skill_it_keeps_a_loss_that_is_missing_and_ignores_a_diverged_step():
     mixer = skilled(window=1)
     mixer.update(evaluated([math.nan, 4.0]))  # never measured: 1
@@ -219,6 +227,20 @@ def test_targets_count_by_the_objective():
     _, history = driven(trainer, learning_rate=0.5)
     tilt = 2 * (0.25 * np.array(EFFECT[0]) + 0.75 * np.array(EFFECT[1])) / 8
     np.testing.assert_allclose(history[-1].requested, softmax(0.5 * tilt))
+
+
+def test_aioli_weighs_perplexities_by_their_size():
+    trainer = LinearTrainer(EFFECT, horizon=30)
+    trainer.info = replace(trainer.info, metric="perplexity")
+    trainer.reset = lambda rng: (ToyTrainer.reset(trainer, rng), setattr(trainer, "heldout", np.array([5.0, 6.0])))
+    mixer, history = driven(trainer, learning_rate=0.5)
+    last = [stats.eval_losses for stats in history if stats.eval_losses is not None][-1]
+    heavy = np.exp(last) / np.exp(last).sum()
+    np.testing.assert_allclose(history[-1].requested, softmax(0.5 * 2 * heavy @ np.array(EFFECT) / 8))
+    again = make_mixer("aioli", learning_rate=0.5)
+    again.start(trainer.info)
+    again.load_state_dict(mixer.state_dict())
+    np.testing.assert_array_equal(again.weights(), mixer.weights())
 
 
 def test_a_matrix_with_harm_in_it_is_shifted_and_normalised():
