@@ -14,7 +14,8 @@ from numpy.typing import DTypeLike, NDArray
 from acodm_env.errors import unknown
 from acodm_env.interaction import InteractionConfig, InteractionTracker
 from acodm_env.trainer import Array, RunInfo, StepStats
-from acodm_env.view import PER_ROW, PER_RUN, Formula, View, slope
+from acodm_env.view import PER_ROW, PER_RUN, Formula, View
+from acodm_env.view_tracker import ViewTracker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,9 +199,6 @@ FIELDS: dict[str, Field] = {
     )
 }
 
-_SEEN = ("losses", "previous", "gaps", "slopes", "drawn", "mixture", "progress")
-"""What of a view changes during a run."""
-
 DEFAULT_FIELDS: tuple[str, ...] = (
     *("loss", "delta_loss", "sample_share", "epochs", "gradient_norm", "interaction"),
     *("layer_norm", "layer_change", "progress"),
@@ -247,7 +245,7 @@ class Observer:
         self.drawn: Array
         self.epochs: Array
         self.mask: Array
-        self.view: View
+        self._seen: ViewTracker
         self.tracker: InteractionTracker
         self.layer_norms: Array
         self.layer_changes: Array
@@ -286,71 +284,19 @@ class Observer:
         self.layer_changes = np.zeros(info.num_layers)
         self.pending = np.full((*self.batch, info.lag, num_domains), 1 / num_domains, dtype=self._dtype)
         self.tracker = InteractionTracker(num_domains, self._interaction, self.batch)
-        self.view = self._start_view(problem or {})
+        self._seen = ViewTracker(
+            info,
+            self.mask,
+            problem or {},
+            dtype=self._dtype,
+            affinity=any(field.name == "affinity" for field in self.fields),
+        )
         return self._vector()
 
-    def _start_view(self, problem: Mapping[str, Array]) -> View:
-        """The problem before the first step: domains first, then targets that are none of them."""
-        info, rows = self.info, self.info.rows
-        num_domains, num_rows = info.num_domains, len(rows)
-        weights, sizes = np.zeros(num_rows), np.zeros(num_rows)
-        self._targets = np.array([rows.index(name) for name in info.targets])
-        weights[self._targets] = info.objective_weights
-        run_tokens = info.horizon * info.batch_size * info.sequence_length
-        sizes[:num_domains] = np.array(info.sizes_tokens) / run_tokens
-        present = self._full(num_rows, 1.0)
-        present[..., :num_domains] = self.mask
-        trainable = np.where(np.arange(num_rows) < num_domains, present, 0.0)
-        known = {
-            "weights": weights,
-            "perplexity": np.full(1, float(info.metric == "perplexity")),
-            "sizes": np.where(present > 0, sizes, 0.0),
-            "trainable": trainable,
-            "affinity": self._affinity(),
-        } | dict(problem)
-        losses = self._full(num_rows, info.initial_loss_nats)
-        trainable = np.broadcast_to(known["trainable"], losses.shape)
-        return View(
-            **{name: np.broadcast_to(value, (*self.batch, np.shape(value)[-1])) for name, value in known.items()},
-            losses=losses,
-            previous=losses.copy(),
-            gaps=self._full(num_rows, 0.0),
-            slopes=self._full(num_rows, 0.0),
-            drawn=self._full(num_rows, 0.0),
-            mixture=trainable / trainable.sum(-1, keepdims=True),
-            present=present,
-            progress=self._full(1, 0.0),
-            initial=info.initial_loss_nats,
-        )
-
-    def _affinity(self) -> Array:
-        """(R,) how near each row lies to the targets, where the fields show it and the run can tell."""
-        values, info = np.zeros(len(self.info.rows)), self.info
-        if info.affinity is not None and any(field.name == "affinity" for field in self.fields):
-            values[: info.num_domains] = info.objective_weights @ info.affinity.matrix()
-        return values
-
-    def _see(self, window: StepStats) -> None:
-        """Take the window since the last decision into the view."""
-        view, info = self.view, self.info
-        num_domains = info.num_domains
-        seen = view.losses.copy()
-        seen[..., :num_domains] = np.where(np.isfinite(window.losses), window.losses, seen[..., :num_domains])
-        if window.eval_losses is not None:
-            measured = np.isfinite(window.eval_losses)
-            if not self.batch:
-                measured &= np.asarray(view.weights)[self._targets] > 0
-            trained = seen[..., self._targets]
-            gaps = np.where(measured & (view.trainable[..., self._targets] > 0), window.eval_losses - trained, 0.0)
-            seen[..., self._targets] = np.where(measured, window.eval_losses, trained)
-            view.gaps = self._full(seen.shape[-1], 0.0)
-            view.gaps[..., self._targets] = gaps
-        earlier, now = float(view.progress.flat[0]), window.step / info.horizon
-        view.slopes = slope(seen, view.losses, view.slopes, now, earlier, np)
-        view.previous, view.losses = view.losses, seen
-        view.drawn = view.drawn.copy()
-        view.drawn[..., :num_domains] = window.drawn / (info.horizon * info.batch_size)
-        view.progress = self._full(1, now)
+    @property
+    def view(self) -> View:
+        """What fields of `acodm_env.view` are computed from; kept up where there are any."""
+        return self._seen.view
 
     def choices(self) -> Array | None:
         """(…, R) 1 for what an action may choose, where that is not everything; its rows are those of the view."""
@@ -366,10 +312,8 @@ class Observer:
 
     def decided(self, mixture: Array) -> None:
         """Take in the mixture (…, K) that is in force from now on."""
-        if not self.general:
-            return
-        self.view.mixture = self.view.mixture.copy()
-        self.view.mixture[..., : self.info.num_domains] = mixture
+        if self.general:
+            self._seen.decided(mixture)
 
     def _full(self, size: int, value: float) -> Array:
         return np.full((*self.batch, size), value, dtype=self._dtype)
@@ -389,7 +333,7 @@ class Observer:
             self.pending = window.pending
         self.tracker.update(window)
         if self.general:
-            self._see(window)
+            self._seen.see(window)
         return self._vector()
 
     def _vector(self) -> NDArray[np.float32]:
@@ -429,7 +373,7 @@ class Observer:
         return {name: getattr(self, name) for name in self._STATE} | {
             "clipped_frac": self.clipped_frac,
             "tracker": self.tracker.state_dict(),
-            "view": {name: np.asarray(getattr(self.view, name)) for name in _SEEN},
+            "view": self._seen.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -438,6 +382,5 @@ class Observer:
             value = state[name]
             setattr(self, name, int(value) if name == "step" else np.array(value, dtype=np.float64))
         self.clipped_frac = float(state["clipped_frac"])
-        for name, value in state.get("view", {}).items():
-            setattr(self.view, name, np.array(value, dtype=np.float64))
+        self._seen.load_state_dict(state.get("view", {}))
         self.tracker.load_state_dict(state["tracker"])

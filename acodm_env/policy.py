@@ -320,7 +320,7 @@ class PolicyMixer(Mixer):
         self.needs = frozenset().union(*(FIELDS[field].needs for field, _ in self.policy.fields if field in FIELDS))
         self.rule = ""
         """Name of the fixed rule that drives the run, "" where the policy does; known once it was started."""
-        self._say: Callable[[str], Any] = say or partial(warnings.warn, stacklevel=5)
+        self.say: Callable[[str], Any] = say or partial(warnings.warn, stacklevel=5)
         self._said = {""}
 
     def start(self, info: RunInfo) -> None:
@@ -346,7 +346,7 @@ class PolicyMixer(Mixer):
     def _tell(self, text: str) -> None:
         if text not in self._said:
             self._said.add(text)
-            self._say(f"{self.name}: {text}")
+            self.say(f"{self.name}: {text}")
 
     def weights(self) -> Array:
         """The mixture decided last."""

@@ -66,7 +66,7 @@ class RunInfo:
     metric: str = "loss"
     """What the objective averages: "loss", or "perplexity" (its logarithm), see `acodm_env.objective`."""
     affinity: "Affinity | None" = field(default=None, compare=False)
-    """How near the domains lie to the targets, where there is text to tell it from."""
+    """How near the domains lie to the targets, where there is text."""
     flops_per_token: float = 0.0
     """Model FLOPs of training on one token, forward and backward; a third of it is the forward pass."""
     eval_tokens: int = 0
@@ -96,8 +96,7 @@ class RunInfo:
 
     def probe_counts(self, sequences: int) -> tuple[int, ...]:
         """Sequences (M,) of each target in a measurement of so many in all."""
-        trained = [name in self.domains for name in self.targets]
-        return probe_counts(self.objective_weights.tolist(), trained, sequences)
+        return probe_counts(self.objective_weights.tolist(), [name in self.domains for name in self.targets], sequences)
 
     def marginal_values(self, losses: Array) -> Array:
         """∂objective/∂L (M,) at held-out losses (M,)."""
@@ -315,8 +314,7 @@ class Mixer(ABC):
     needs: frozenset[str] = frozenset()
     """What it reads from a run: of `Trainer.provides`."""
     probe_sequences: int | None = None
-    """Held-out sequences of one of its measurements, all targets together (`objective.probe_counts`); None: as many as
-    the run's evaluations have."""
+    """Held-out sequences of one of its measurements (`objective.probe_counts`); None: as many as evaluations have."""
     dynamic: bool = True
     """Whether the mixture may change during a run; a benchmark replays the time average of those that do."""
     info: RunInfo
@@ -392,8 +390,7 @@ def drive(trainer: Trainer, mixer: Mixer, num_steps: int) -> Iterator[StepStats]
 
 def with_validation(stats: StepStats, trainer: Trainer, sequences: int | None = None) -> StepStats:
     """The step with the held-out losses after it, on so many sequences, and what they took."""
-    started = time.perf_counter()
-    info = trainer.info
+    started, info = time.perf_counter(), trainer.info
     if sequences is None:
         losses, tokens = trainer.evaluate("validation"), info.eval_tokens
     else:

@@ -1,5 +1,6 @@
 """A policy on trial, without a language model: driving a surrogate, and swept over the bounds of its fields."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -112,7 +113,7 @@ def imagined_run(
         objective: weights of the targets, summing to 1; None: as many targets as the policy saw, all alike.
         metric: what the objective averages.
     """
-    sizes = dict(policy.fields)
+    sizes, pace = dict(policy.fields), _pace(policy)
     number = max(sizes.get("target_loss", 0), sizes.get("delta_target_loss", 0))
     targets = domains if number in (0, len(domains)) else tuple(f"target{index}" for index in range(number))
     return RunInfo(
@@ -123,13 +124,19 @@ def imagined_run(
         sizes_tokens=(1,) * len(domains),
         batch_size=len(domains),
         sequence_length=1,
-        horizon=policy.horizon,
-        decision_every=policy.decision_every,
+        horizon=policy.horizon * pace,
+        decision_every=policy.decision_every * pace,
         initial_loss_nats=initial_loss_nats,
         num_layers=max(sizes.get("layer_norm", 0), sizes.get("layer_change", 0)),
         lag=policy.lag,
         gradients=policy.gradients,
     )
+
+
+def _pace(policy: Policy) -> int:
+    """Optimiser steps per step of the run that the policy learned on: the fewest that its training support allows."""
+    lowest = (policy.support.get("steps_per_decision") or [None])[0]
+    return max(1, math.ceil((lowest or 1) / policy.decision_every))
 
 
 def imagined_runs(policy: Policy) -> list[RunInfo]:
@@ -151,7 +158,7 @@ def surrogate_run(policy: Policy, surface: Surface) -> Trainer:
     Raises:
         PolicyError: the surface has other domains than the policy, or lacks what it reads; says which.
     """
-    horizon = min(policy.horizon, MOST_STEPS)
+    horizon = min(policy.horizon * _pace(policy), MOST_STEPS)
     run = SurrogateTrainer(surface, horizon=horizon, decision_every=scaled_interval(policy, horizon))
     lacking = [name for name, _ in policy.fields if name in FIELDS and FIELDS[name].needs - run.provides]
     if lacking:

@@ -1,39 +1,58 @@
-"""`acodm demo`: the main job from text to verdict, on two CPU cores, in one command.
+"""`acodm demo`: one mixing problem, from text to answer, on two CPU cores in minutes.
 
-Harvest and tokenise a corpus, learn a policy on a small proxy, export it, let it drive a larger target, run the same
-target under the baselines and under the untrained actor, and say plainly who won.
+Harvest and tokenise a corpus; say which text counts and how little there is of it; train the same small model under
+uniform sampling, both ODMs, fixed shares of the target and the generalist, which has seen neither corpus nor model and
+needs no proxy run; print who won, by how much, and what measuring cost.
 """
 
+import math
+import os
 import shutil
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from acodm_env.corpus import open_corpus
 from acodm_env.errors import ConfigError, unknown
-from acodm_env.experiments import results
-from acodm_env.experiments.console import listing, say
-from acodm_env.experiments.export import export_from
-from acodm_env.experiments.forecast import forecast_seconds
-from acodm_env.experiments.recipes import RECIPES
+from acodm_env.experiments.console import say, text_table
 from acodm_env.experiments.run_folder import RunFolder, open_run, recorded_config
-from acodm_env.experiments.train import TrainConfig, episode_table, make_learner, train
-from acodm_env.experiments.transfer import TransferConfig, choose_mixer, transfer
 from acodm_env.files import write_json
+from acodm_env.objective import parse_targets
 
-REFERENCE = "odm-released"
-MIXERS = ("odm-released", "odm-paper", "uniform", "policy", "policy-untrained")
+if TYPE_CHECKING:
+    from acodm_env.experiments.benchmark import BenchmarkConfig
+    from acodm_env.experiments.suite_regret import Outcome
+    from acodm_env.experiments.suite_tasks import Task
+
+REFERENCE, UNIFORM, POLICY = "odm-released", "uniform", "generalist"
+ROWS = (UNIFORM, REFERENCE, "odm-released-rescaled", "share-0.3", "share-0.5", "share-1", POLICY)
+RECIPES: dict[str, dict[str, int]] = {
+    "demo": {"steps": 400, "batch_size": 16, "sequence_length": 128, "evaluations": 20, "eval_sequences": 64},
+    "smoke": {"steps": 20, "batch_size": 6, "sequence_length": 32, "evaluations": 4, "eval_sequences": 4},
+}
+"""demo: what the tables show. smoke: seconds; checks that everything runs, shows nothing."""
+SCARCE = {"pocket": ("prose=1", "prose=160")}
+"""Target and cut of a corpus, where nothing is said."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """Learn a mixing policy, let it drive a larger model, and compare it with its baselines. At most 10 minutes."""
+    """Choose a mixture for one target of which there is little text, in five ways, and compare. About 5 minutes."""
 
     corpus: str = "pocket"
     """Folder of a token store, or "pocket": real text harvested from the Python installation."""
+    targets: str | None = None
+    """What counts: domains with weights, "prose=2,licences=1". Default: of pocket prose, else the smallest domain."""
+    cut: str | None = None
+    """Training sequences that are left of domains, "prose=160". Default: of pocket's prose 160, else all."""
+    objective: str = "loss"
+    """What is averaged over the targets: loss, or perplexity (its logarithm)."""
     recipe: str = "demo"
-    """demo (minutes), or smoke (seconds; checks that everything runs, teaches nothing)."""
+    """demo (minutes), or smoke (seconds; checks that everything runs)."""
+    jobs: int | None = None
+    """Runs at a time; default: one a core."""
     out: str = "runs/demo"
     """Folder of the results; the same command again reprints or resumes."""
     fresh: bool = False
@@ -48,104 +67,160 @@ class DemoConfig:
             unknown("recipe", self.recipe, RECIPES)
         if self.seed < 0:
             raise ConfigError(f"seed={self.seed}: must be at least 0")
+        if self.jobs is not None and self.jobs < 1:
+            raise ConfigError(f"jobs={self.jobs}: must be at least 1")
 
 
-def run(config: DemoConfig) -> None:
-    """Run or resume the demo, print the table and where the results lie."""
-    out = Path(config.out)
+def run(config: DemoConfig) -> int:
+    """Run or resume the demo, print the table and where the results lie; 1 if a run failed."""
+    out, started = Path(config.out), time.perf_counter()
     folder = _open(config, out)
     if folder.result is None:
-        _run_stages(config, folder)
+        outcome = _train(config, out)
+        if outcome is None:
+            return 1
+        write_json(out / "result.json", _result(config, out, outcome, time.perf_counter() - started))
     result = folder.result
     assert result is not None
     say(summary(result))
-    say(f"results: {out}/result.json  picture: {out}/report.png  policy: {out}/policy")
+    say(f"results: {out}/result.json  picture: {out}/report.png  logs: {out}/runs")
+    return 0
 
 
 def _open(config: DemoConfig, out: Path) -> RunFolder:
-    settings = {"corpus": config.corpus, "recipe": config.recipe, "seed": config.seed}
+    names = ("corpus", "targets", "cut", "objective", "recipe", "seed")
+    settings = {name: getattr(config, name) for name in names}
     if config.fresh and (out / "config.json").exists() and recorded_config(out).keys() == settings.keys():
         shutil.rmtree(out)
     return RunFolder(out, settings)
 
 
-def _run_stages(config: DemoConfig, folder: RunFolder) -> None:
-    out, started = folder.path, time.perf_counter()
-    learning_recipe, target_recipe = RECIPES[config.recipe]
-    _step(config, started, "1/4 corpus")
-    store = open_corpus(config.corpus, config.quiet)
-    corpus = str(store.path)
-    train_config = replace(learning_recipe(corpus, str(out / "learning"), config.seed), quiet=config.quiet)
-    target = replace(target_recipe(corpus, str(out), config.seed), quiet=config.quiet)
-    if not config.quiet:
-        minutes = forecast_seconds(train_config, target, len(MIXERS), store) / 60
-        say(f"forecast: about {minutes:.1f} minutes on this machine, less if part of it is done already")
-    _step(config, started, "2/4 learning a policy on the proxy")
-    learned = train(train_config)
-    if not config.quiet:
-        say(episode_table(learned["rows"]))
-    _step(config, started, "3/4 exporting")
-    for name, which in (("policy", "best"), ("policy-untrained", "untrained")):
-        export_from(make_learner(train_config), train_config, which, out / name)
-    _step(config, started, f"4/4 the target under {len(MIXERS)} mixers")
-    runs = {name: _run_target(target, name, out) for name in MIXERS}
-    results.draw(runs, out / "report.png", f"{target.target} target on {config.corpus}, seed {config.seed}")
-    write_json(out / "result.json", _result(runs, learned, train_config, target, store.fingerprint))
+def problem(config: DemoConfig) -> "Task":
+    """What the demo is about.
+
+    Raises:
+        ConfigError: an unknown target; a corpus with one domain.
+    """
+    from acodm_env.experiments.suite_tasks import Task
+
+    store = open_corpus(config.corpus, config.quiet).trained()
+    if len(store.domains) < 2:
+        raise ConfigError(f"corpus={config.corpus}: must hold at least two domains to mix; it holds {store.domains[0]}")
+    smallest = min(zip(store.sizes_tokens("train"), store.domains, strict=True))[1]
+    targets, cut = SCARCE.get(config.corpus, (smallest, None))
+    chosen = parse_targets(config.targets or targets)
+    left = parse_targets(config.cut if config.targets or config.cut else cut)
+    for name in (*chosen, *left):
+        if name not in store.domains:
+            unknown("targets.<name>", name, store.domains)
+    numbers = {name: int(number) for name, number in left.items()}
+    return Task(name="runs", corpus=config.corpus, targets=chosen, objective=config.objective, cut=numbers)
 
 
-def _step(config: DemoConfig, started: float, text: str) -> None:
-    if not config.quiet:
-        say(f"[{time.perf_counter() - started:4.0f} s] {text}")
+def bench(config: DemoConfig) -> "BenchmarkConfig":
+    """The runs' settings."""
+    from acodm_env.experiments.benchmark import BenchmarkConfig
 
-
-def _run_target(target: TransferConfig, name: str, out: Path) -> RunFolder:
-    """One target run under the mixer `name`, in its own folder."""
-    folder = out / "target" / name
-    chosen = {"policy": str(out / name), "mixer": None} if name.startswith("policy") else {"mixer": name}
-    config = replace(target, **chosen, out=str(folder))  # type: ignore[arg-type]
-    mixer = choose_mixer(config)
-    mixer.name = name
-    transfer(config, open_corpus(config.corpus), mixer)
-    return open_run(folder)
-
-
-def _result(
-    runs: dict[str, RunFolder],
-    learned: dict[str, Any],
-    train_config: TrainConfig,
-    target: TransferConfig,
-    fingerprint: str,
-) -> dict[str, Any]:
-    order = sorted(runs, key=lambda name: name != "policy")
-    return {
-        "reference": REFERENCE,
-        "mixers": {name: results.mixer_result(runs[name], runs[REFERENCE]) for name in order},
-        "learning": {key: learned[key] for key in ("tokens", "seconds", "episodes", "transitions")},
-        "corpus_fingerprint": fingerprint,
-        "config": {"learning": learned["config"], "target": runs[REFERENCE].config},
-    }
-
-
-def summary(result: dict[str, Any]) -> str:
-    """The table, what learning cost, and the verdicts."""
-    learning = result["learning"]
-    target = result["config"]["target"]
-    target_tokens = target["steps"] * target["batch_size"] * target["sequence_length"]
-    cost = listing(
-        [
-            ("learning the policy", f"{learning['tokens']:,} tokens, {learning['seconds']:.0f} s, "
-             f"{learning['episodes']} episodes, {learning['transitions']} transitions"),
-            ("each target run", f"{target_tokens:,} tokens"),
-        ]
-    )  # fmt: skip
-    return "\n".join(
-        [
-            "",
-            results.table(result["mixers"], result["reference"], learning),
-            "",
-            cost,
-            "",
-            *results.verdicts(result["mixers"]),
-            "",
-        ]
+    return BenchmarkConfig(
+        suite="mixing",
+        rows=",".join(ROWS),
+        seeds="1",
+        seed=config.seed,
+        jobs=config.jobs or os.cpu_count() or 1,
+        out=config.out,
+        quiet=config.quiet,
+        **RECIPES[config.recipe],
     )
+
+
+def _train(config: DemoConfig, out: Path) -> "Outcome | None":
+    """Every row's run; None if one failed."""
+    from acodm_env.experiments.results import draw
+    from acodm_env.experiments.suite import run_task
+    from acodm_env.experiments.suite_report import read_outcome
+    from acodm_env.experiments.suite_rows import learned
+
+    task = problem(config)
+    if not config.quiet:
+        say(f"{describe(task)}: {len(ROWS)} runs of {RECIPES[config.recipe]['steps']} steps, some minutes in all")
+    if run_task(bench(config), task, learned(POLICY)):
+        return None
+    outcome = read_outcome(out / task.name)
+    runs = {row: open_run(_folder(out, row, config.seed)) for row in ROWS}
+    draw(runs, out / "report.png", f"{describe(task)}, {config.corpus}, seed {config.seed}")
+    return outcome
+
+
+def _folder(out: Path, row: str, seed: int) -> Path:
+    return out / "runs" / "cells" / "cosine" / row / f"seed{seed}"
+
+
+def describe(task: "Task") -> str:
+    """The problem in words."""
+    names = ", ".join(task.targets)
+    left = "; ".join(f"{number} sequences of {name} to train on" for name, number in task.cut.items())
+    return f"lowest {task.objective} on {names}" + (f" with {left}" if left else "")
+
+
+def _result(config: DemoConfig, out: Path, outcome: "Outcome", seconds: float) -> dict[str, Any]:
+    from acodm_env.experiments.results import time_averaged
+
+    seed, mixers = config.seed, {}
+    for row in ROWS:
+        measured = outcome.measurement[row].get(seed)
+        mixers[row] = {
+            "objective_nats": outcome.objective[row].get(seed),
+            "validation_objective_nats": outcome.validation[row].get(seed),
+            "steps_to_reference_ratio": _finite(outcome.steps_to[row].get(seed)),
+            "measurement_share": measured,
+            "mixture": time_averaged(open_run(_folder(out, row, seed)))["time_averaged"],
+        }
+    settings = recorded_config(_folder(out, UNIFORM, seed))
+    about = {"problem": describe(outcome.task), "targets": dict(outcome.task.targets), "config": settings}
+    return {"reference": REFERENCE, "mixers": mixers, "seconds": seconds, **about}
+
+
+def _finite(number: float | None) -> float | None:
+    return number if number is not None and math.isfinite(number) else None
+
+
+def summary(result: Mapping[str, Any]) -> str:
+    """The table, best first, and what it says."""
+    mixers = result["mixers"]
+    order = sorted(mixers, key=lambda row: _nats(mixers[row]))
+    table = text_table(
+        ("mixer", "test, nats", "to uniform", "steps to ODM's best", "measuring", "mean share of the targets"),
+        [_line(row, mixers[row], mixers[UNIFORM], result["targets"]) for row in order],
+    )
+    best = min((row for row in mixers if row != POLICY), key=lambda row: _nats(mixers[row]))
+    ahead = _nats(mixers[best]) - _nats(mixers[POLICY])
+    word = "ahead of" if ahead > 0 else "behind"
+    verdict = f"{POLICY} is {abs(ahead):.3f} nats {word} the best of the others ({best}); one seed, no interval"
+    control = f"Its untrained actor is uniform: the row {UNIFORM} is the control. No proxy run, nothing tuned here."
+    return f"\n{result['problem']}\n\n{table}\n\n{verdict}.\n{control}\n"
+
+
+def _nats(entry: Mapping[str, Any]) -> float:
+    value = entry["objective_nats"]
+    return math.inf if value is None else float(value)
+
+
+def _line(
+    row: str, entry: Mapping[str, Any], uniform: Mapping[str, Any], targets: Mapping[str, float]
+) -> tuple[str, ...]:
+    ratio, measured = entry["steps_to_reference_ratio"], entry["measurement_share"]
+    share = sum(entry["mixture"].get(name, 0.0) for name in targets)
+    return (
+        row,
+        f"{_nats(entry):.4f}",
+        f"{_nats(entry) - _nats(uniform):+.3f}",
+        "never" if ratio is None else f"{ratio:.2f}×",
+        f"{measured or 0:.1%}",
+        f"{share:.2f}",
+    )
+
+
+if __name__ == "__main__":
+    from acodm_env.experiments.cli import main
+
+    main(command="demo")

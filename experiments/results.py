@@ -200,8 +200,12 @@ def _difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[fl
     return float(delta.mean()), error
 
 
+LEARNED = ("policy", "generalist")
+"""Rows that are drawn heavier."""
+
+
 def draw(runs: Mapping[str, RunFolder], path: Path, title: str) -> None:
-    """Write the picture: held-out perplexity against steps on top, each mixer's mixture over time below."""
+    """Write the picture: the test objective against steps on top, each mixer's mixture over time below."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -209,8 +213,8 @@ def draw(runs: Mapping[str, RunFolder], path: Path, title: str) -> None:
     canvas = FigureCanvasAgg(figure)
     top, bottom = figure.subfigures(2, 1, height_ratios=[1.25, 1])
     whole, end = top.subplots(1, 2, width_ratios=[2, 1])
-    _draw_perplexity(whole, runs, 0.0)
-    _draw_perplexity(end, runs, 0.7)
+    _draw_objective(whole, runs, 0.0)
+    _draw_objective(end, runs, 0.7)
     whole.set_title(title, loc="left", fontsize="medium")
     end.set_title("the last 30 %", loc="left", fontsize="medium")
     whole.legend(fontsize="small")
@@ -225,17 +229,20 @@ def draw(runs: Mapping[str, RunFolder], path: Path, title: str) -> None:
         canvas.print_png(file)
 
 
-def _draw_perplexity(ax: Any, runs: Mapping[str, RunFolder], begin: float) -> None:
+def _draw_objective(ax: Any, runs: Mapping[str, RunFolder], begin: float) -> None:
+    """The objective from `begin` (share of the run) on; beside uniform nothing is shown that is far above it."""
+    highest = -np.inf
     for name, run in runs.items():
         steps, losses = curve(run)
         shown = steps >= max(begin * steps[-1], 1)
-        ax.plot(steps[shown], mean_perplexity(losses)[shown], label=name, lw=1.6 if name == "policy" else 1.1)
-    ax.set_yscale("log")
-    for axis in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
-        axis("{x:g}")
+        nats = objective_curve(run, losses)[shown]
+        ax.plot(steps[shown], nats, label=name, lw=1.8 if name in LEARNED else 1.1)
+        highest = float(nats.max()) if name == "uniform" else highest
+    if np.isfinite(highest):
+        ax.set_ylim(top=highest + 0.1 * (highest - ax.get_ylim()[0]))
     ax.set_xlabel("optimiser step")
-    ax.set_ylabel("mean test perplexity")
-    ax.grid(alpha=0.3, which="both")
+    ax.set_ylabel("test objective, nats")
+    ax.grid(alpha=0.3)
 
 
 def _draw_mixture(ax: Any, run: RunFolder) -> None:

@@ -65,7 +65,7 @@ class TransferConfig(TargetConfig):
     decision_every: int | None = None
     """Steps between decisions of a policy; default: as learned, scaled by the ratio of horizons."""
     reference: str | None = None
-    """Folder of a finished run, against whose best perplexity the steps are counted."""
+    """Folder of a finished run, against whose best objective the steps are counted."""
     prefetch: int | None = None
     """Batches that a background thread builds ahead; mixtures take effect as many steps late. Default: the lag that the
     policy learned with, else 0."""
@@ -133,7 +133,10 @@ def choose_mixer(config: TransferConfig) -> Mixer:
         return PolicyMixer(open_policy(config.policy), say=note)
     assert config.mixer is not None
     options = {"weights": config.weights} if config.mixer == "static" else {}
-    return make_mixer(config.mixer, **options)
+    mixer = make_mixer(config.mixer, **options)
+    if isinstance(mixer, PolicyMixer):
+        mixer.say = note
+    return mixer
 
 
 def finished_run(path: str) -> RunFolder:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from acodm_env.errors import DataError
 from acodm_env.files import read_json
@@ -18,6 +19,10 @@ from acodm_env.trainer import Array
 FORMAT = "acodm-problem-1"
 OVERFIT_PASSES = float(np.mean(ProblemFamily().overfit_passes))
 """At which `Calibrated.overfit` is given."""
+SINCE = 0.25
+"""Share of the run before which evaluations are not fitted, but for the one before the first step."""
+IGNORED = 0.001
+"""Share of the run under which a domain that it could train on is not fitted."""
 ONE = ("repetition", "overfit", "overfit_power", "favour", "memory", "fall")
 """Parameters that a corpus has one of."""
 EACH = ("exponents", "gains", "floors", "start", "recency")
@@ -48,6 +53,12 @@ class Record:
     """(E,) share of the run done at each evaluation, ascending; 0 is before the first step."""
     losses: Array
     """(E, K) held-out losses, nats; NaN where none was measured."""
+
+    @property
+    def fitted(self) -> NDArray[np.bool_]:
+        """(K,) targets that a fit reads: all but domains that the run could train on and did next to never."""
+        fitted: NDArray[np.bool_] = (self.trainable == 0) | (self.drawn[-1] >= IGNORED)
+        return fitted
 
     @property
     def moves(self) -> bool:
@@ -174,7 +185,7 @@ class Courses:
 
         problems = rows_of(values, rows(self.trainable), rows(self.sizes), self.offset, self.torch)
         drawn = (self.drawn.maximum(_BEGIN * self.even) * self.choices[:, None]).flatten(0, 1)
-        times = self.times.clip(_BEGIN).reshape(-1, 1)
+        times = self.times.clip(_BEGIN, 1).reshape(-1, 1)
         held_out, _ = losses(problems, drawn, recent.flatten(0, 1), times, self.torch)
         return held_out.reshape(runs, evaluations, -1) + self.offset
 

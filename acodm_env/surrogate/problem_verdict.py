@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from acodm_env.surrogate.calibrated import ONE, Calibrated, Record
+from acodm_env.surrogate.calibrated import IGNORED, ONE, SINCE, Calibrated, Record
 from acodm_env.surrogate.calibration import rank_correlation
 from acodm_env.surrogate.problems import ProblemFamily
 from acodm_env.trainer import Array
@@ -18,7 +18,7 @@ PARTS = 3
 """One run in so many is held out."""
 _JUNK = 0.08  # largest slope of a domain that teaches next to nothing, as `ProblemFamily` draws them
 _BINS: dict[str, tuple[float, ...]] = {
-    "own share": (0.02, 0.1, 0.2, 0.4, 0.7),
+    "own share": (IGNORED, 0.02, 0.1, 0.2, 0.4, 0.7),
     "own passes": (0.5, 1.0, 4.0, 12.0, 25.0),
     "progress": (0.1, 0.25, 0.5, 0.75),
 }
@@ -41,10 +41,16 @@ def split(records: Sequence[Record], part: int) -> tuple[list[Record], list[Reco
 
 
 def errors(predicted: Sequence[Array], records: Sequence[Record]) -> dict[str, float]:
-    """RMSE in nats over runs and targets, of all evaluations after the start and of the last one."""
-    missed = [guess - record.losses for guess, record in zip(predicted, records, strict=True)]
-    later = [row[record.times > 0] for row, record in zip(missed, records, strict=True)]
+    """RMSE in nats over what is fitted, of all evaluations but the one before the first step, and of the last one."""
+    missed = _missed(predicted, records)
+    later = [row[record.times >= SINCE] for row, record in zip(missed, records, strict=True)]
     return {"all": _rms(np.concatenate(later)), "end": _rms(np.stack([row[-1] for row in missed]))}
+
+
+def _missed(predicted: Sequence[Array], records: Sequence[Record]) -> list[Array]:
+    """Predicted − measured (E, K) of every run; NaN for targets that a fit does not read."""
+    pairs = zip(predicted, records, strict=True)
+    return [np.where(record.fitted, guess - record.losses, np.nan) for guess, record in pairs]
 
 
 def _rms(missed: Array) -> float:
@@ -90,10 +96,12 @@ def residuals(predicted: Sequence[Array], records: Sequence[Record]) -> list[dic
     """Where predictions are wrong: mean of predicted − measured, RMSE and number, in groups of targets of runs.
 
     Groups: by the target's own share of the run and by the passes over it, of the last evaluation; by progress, of all;
-    by whether the mixture moved, and by problem, of the last one.
+    by whether the mixture moved, and by problem, of the last one. Domains that a run could train on and never did are
+    in the least share only.
     """
-    missed = [guess - record.losses for guess, record in zip(predicted, records, strict=True)]
+    missed = _missed(predicted, records)
     ends = np.stack([row[-1] for row in missed])  # (R, K)
+    every_end = np.stack([guess[-1] - record.losses[-1] for guess, record in zip(predicted, records, strict=True)])
     shares = np.stack([record.drawn[-1] for record in records])
     sizes = np.stack([record.sizes for record in records])
     passes = np.divide(shares, sizes, out=np.zeros_like(shares), where=sizes > 0)
@@ -103,7 +111,7 @@ def residuals(predicted: Sequence[Array], records: Sequence[Record]) -> list[dic
     moved = np.array(["mixture moves" if record.moves else "mixture stands" for record in records])
     names = np.array([record.problem for record in records])
     found = [
-        *_binned("own share", shares + trained, ends),
+        *_binned("own share", shares + trained, every_end),
         *_binned("own passes", passes + trained, ends),
         *_binned("progress", np.broadcast_to(times[:, None], every.shape), every),
         _group("own share", "not trained on", ends[np.isnan(trained)]),

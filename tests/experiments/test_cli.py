@@ -147,7 +147,7 @@ BAD = [
     (["transfer", "--mixer", "uniform", "--stepps", "3"], "did you mean --steps"),
     (["transfer", "--mixer", "uniform", "--steps", "many"], "steps"),
     (["transfer", "--mixer", "uniform", "--device", "tpu9"], "device=tpu9"),
-    (["transfer", "--policy", "nowhere"], "no such file"),
+    (["transfer", "--policy", "nowhere"], "policy=nowhere: must be generalist, or the folder"),
     (["train", "--algo", "td4"], "did you mean 'td3'"),
     (["train", "--fields", "los"], "did you mean 'loss'"),
     (["train", "--reward", "progres"], "did you mean 'progress'"),

@@ -3,86 +3,78 @@ import math
 
 import pytest
 
+from acodm_env.errors import ConfigError
 from acodm_env.experiments import cli
+from acodm_env.experiments.demo import ROWS, DemoConfig, problem, summary
 
 
 def demo(*arguments):
     with pytest.raises(SystemExit) as stop:
-        cli.main(["demo", "--recipe", "smoke", *map(str, arguments)])
+        cli.main(["demo", "--recipe", "smoke", "--jobs", "1", *map(str, arguments)])
     return stop.value.code
 
 
 @pytest.fixture(scope="module")
 def finished(tiny_corpus, tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "demo"
-    assert demo("--corpus", tiny_corpus, "--out", out, "--quiet") == 0
+    assert demo("--corpus", tiny_corpus, "--targets", "verbs", "--cut", "verbs=6", "--out", out, "--quiet") == 0
     return out
 
 
 def test_result_has_the_stable_names(finished):
     result = json.loads((finished / "result.json").read_text())
     assert result["reference"] == "odm-released"
-    assert set(result["mixers"]) == {"policy", "policy-untrained", "odm-released", "odm-paper", "uniform"}
+    assert tuple(result["mixers"]) == ROWS
     for mixer in result["mixers"].values():
-        assert math.isfinite(mixer["mean_loss_nats"])
-        assert mixer["mean_perplexity"] > 1
-        assert len(mixer["domain_loss_nats"]) == 3
-        assert mixer["seconds_per_step"] > 0
-        assert "steps_to_reference_ratio" in mixer
+        assert math.isfinite(mixer["objective_nats"])
+        assert sum(mixer["mixture"].values()) == pytest.approx(1.0)
     assert result["mixers"]["odm-released"]["steps_to_reference_ratio"] == 1.0
-    assert result["learning"]["transitions"] == 8
-    assert result["learning"]["tokens"] == (2 + 2) * 12 * 6 * 32  # two episodes, two evaluations
-    assert result["learning"].keys() == {"tokens", "seconds", "episodes", "transitions"}
-    assert len(result["corpus_fingerprint"]) == 64
+    assert result["mixers"]["share-1"]["mixture"]["verbs"] == pytest.approx(1.0)
+    assert result["mixers"]["uniform"]["measurement_share"] == 0
+    assert result["mixers"]["generalist"]["measurement_share"] > 0  # it measures, and says so
     assert (finished / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_every_mixer_starts_from_the_same_model(finished):
-    first = [
-        json.loads((finished / "target" / name / "eval.jsonl").read_text().splitlines()[0])["losses"]
-        for name in ("policy", "policy-untrained", "odm-released", "odm-paper", "uniform")
-    ]
+    files = (finished / "runs" / "cells" / "cosine").glob("*/seed0/eval.jsonl")
+    first = [json.loads(file.read_text().splitlines()[0])["losses"] for file in files]
+    assert len(first) == len(ROWS)
     assert all(losses == first[0] for losses in first)
-
-
-def test_the_learned_actor_differs_from_its_untrained_control(finished):
-    learned = (finished / "policy" / "policy.safetensors").read_bytes()
-    untrained = (finished / "policy-untrained" / "policy.safetensors").read_bytes()
-    assert learned != untrained
-    contracts = [json.loads((finished / name / "policy.json").read_text()) for name in ("policy", "policy-untrained")]
-    assert contracts[0]["domains"] == contracts[1]["domains"]
 
 
 def test_second_run_reprints_without_training(finished, tiny_corpus, capsys):
     before = (finished / "result.json").stat().st_mtime_ns
-    assert demo("--corpus", tiny_corpus, "--out", finished) == 0
+    assert demo("--corpus", tiny_corpus, "--targets", "verbs", "--cut", "verbs=6", "--out", finished) == 0
     out = capsys.readouterr().out
-    assert "policy-untrained" in out
-    assert "learning the policy" in out
-    assert any(word in out for word in ("LOSES to", "cannot be told apart from", "beats"))
+    assert "lowest loss on verbs with 6 sequences of verbs to train on" in out
+    assert "generalist is" in out
     assert (finished / "result.json").stat().st_mtime_ns == before
 
 
-def test_interrupted_demo_goes_on_to_the_same_result(finished, tiny_corpus, tmp_path, monkeypatch):
-    from acodm_env.experiments import transfer
+def test_what_the_table_says():
+    def row(nats, ratio, measured, share):
+        names = ("objective_nats", "steps_to_reference_ratio", "measurement_share")
+        return dict(zip(names, (nats, ratio, measured), strict=True)) | {"mixture": {"a": share, "b": 1 - share}}
 
-    run_mixer, started = transfer.run_mixer, []
+    mixers = {"uniform": row(5.0, None, 0.0, 0.5), "share-1": row(None, None, 0.0, 1.0)}
+    mixers["generalist"] = row(4.5, 0.25, 0.03, 0.75)
+    text = summary({"problem": "lowest loss on a", "targets": {"a": 1.0}, "mixers": mixers})
+    lines = [line.split() for line in text.splitlines() if line]
+    assert ["generalist", "4.5000", "-0.500", "0.25×", "3.0%", "0.75"] in lines
+    assert ["uniform", "5.0000", "+0.000", "never", "0.0%", "0.50"] in lines
+    assert "generalist is 0.500 nats ahead of the best of the others (uniform); one seed" in text
 
-    def interrupt(*arguments, **options):
-        started.append(1)
-        if len(started) == 3:
-            raise KeyboardInterrupt
-        run_mixer(*arguments, **options)
 
-    monkeypatch.setattr(transfer, "run_mixer", interrupt)
-    assert demo("--corpus", tiny_corpus, "--out", tmp_path / "demo", "--quiet") == 1
-    monkeypatch.undo()
-    assert demo("--corpus", tiny_corpus, "--out", tmp_path / "demo", "--quiet") == 0
-    whole, cut = (json.loads((folder / "result.json").read_text()) for folder in (finished, tmp_path / "demo"))
-    for result in (whole, cut):
-        for mixer in result["mixers"].values():
-            mixer.pop("seconds_per_step")
-    assert whole["mixers"] == cut["mixers"]
+def test_the_problem_of_any_corpus_is_its_smallest_domain(tiny_corpus, tiny_store):
+    task = problem(DemoConfig(corpus=str(tiny_corpus)))
+    sizes = dict(zip(tiny_store.domains, tiny_store.sizes_tokens("train"), strict=True))
+    assert task.targets == {min(sizes, key=lambda name: sizes[name]): 1.0}
+    assert task.cut == {}
+
+
+def test_a_target_that_is_not_there(tiny_corpus):
+    with pytest.raises(ConfigError, match="did you mean 'verbs'"):
+        problem(DemoConfig(corpus=str(tiny_corpus), targets="verb"))
 
 
 def test_folder_of_something_else_is_refused(tiny_corpus, tmp_path, capsys):

@@ -183,7 +183,7 @@ def cells(corpus, out, **changes):
 
 def test_a_benchmarks_cell_is_exported_with_its_card(tiny_corpus, tmp_path):
     options = {"odm-released": {"smoothing": 0.5}, "half": {"mixer": "static", "weights": [0.5, 0.25, 0.25]}}
-    settings = {"mixers": "odm-released,half", "options": options, "objective": "letters=3,verbs=1"}
+    settings = {"mixers": "odm-released,half", "options": options, "targets": "letters=3,verbs=1"}
     found = cells(tiny_corpus, tmp_path / "b", keep_models=True, **settings)
     cards = {}
     for row, folder in found.items():

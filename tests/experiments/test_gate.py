@@ -67,7 +67,7 @@ def test_exit_code_and_names_of_failed_checks(name, code, failed, policies, tmp_
     assert acodm("gate", "--policy", policies[name], "--json", file) == code
     out = capsys.readouterr().out
     written = json.loads(file.read_text())
-    said = f"passed; {len(written['not_checked'])} of 8 checks were not made: fits (no corpus was given); surrogate value, "
+    said = f"passed; {len(written['not_checked'])} of 8 checks were not made: fits (no corpus was given); surrogate "
     assert out.splitlines()[-1].startswith(f"gate: failed: {', '.join(failed)}" if failed else f"gate: {said}")
     assert (written["failed"], written["passed"]) == (failed, not failed)
     assert {"fits", "surrogate value", "support"} <= set(written["not_checked"])

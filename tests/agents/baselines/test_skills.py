@@ -233,14 +233,9 @@ def test_aioli_weighs_perplexities_by_their_size():
     trainer = LinearTrainer(EFFECT, horizon=30)
     trainer.info = replace(trainer.info, metric="perplexity")
     trainer.reset = lambda rng: (ToyTrainer.reset(trainer, rng), setattr(trainer, "heldout", np.array([5.0, 6.0])))
-    mixer, history = driven(trainer, learning_rate=0.5)
-    last = [stats.eval_losses for stats in history if stats.eval_losses is not None][-1]
-    heavy = np.exp(last) / np.exp(last).sum()
-    np.testing.assert_allclose(history[-1].requested, softmax(0.5 * 2 * heavy @ np.array(EFFECT) / 8))
-    again = make_mixer("aioli", learning_rate=0.5)
-    again.start(trainer.info)
-    again.load_state_dict(mixer.state_dict())
-    np.testing.assert_array_equal(again.weights(), mixer.weights())
+    _mixer, history = driven(trainer, learning_rate=0.5)
+    heavy = 2 * softmax([stats.eval_losses for stats in history if stats.eval_losses is not None][-1])
+    np.testing.assert_allclose(history[-1].requested, softmax(0.5 * heavy @ np.array(EFFECT) / 8))
 
 
 def test_a_matrix_with_harm_in_it_is_shifted_and_normalised():

@@ -1,0 +1,110 @@
+"""What a run shows, kept as a `View`: from its statistics to what a policy for any problem sees."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from acodm_env.trainer import Array, RunInfo, StepStats
+from acodm_env.view import View, slope
+
+SEEN = ("losses", "previous", "gaps", "slopes", "drawn", "mixture", "progress")
+"""What of a view changes during a run."""
+
+
+class ViewTracker:
+    """The view of one run, or of a batch of runs that go in step: domains first, then targets that are none of them."""
+
+    def __init__(self, info: RunInfo, mask: Array, problem: Mapping[str, Array], *, dtype: DTypeLike, affinity: bool):
+        """Begin a run.
+
+        Args:
+            info: the run.
+            mask: (…, K) 1 for a domain, 0 for padding.
+            problem: what differs from run to run of a batch: weights, perplexity, sizes, trainable, affinity.
+            dtype: of all arrays.
+            affinity: whether somebody looks at the affinities, which take seconds to count.
+        """
+        self.info, self.batch, self._dtype = info, mask.shape[:-1], dtype
+        self.view: View = self._start(mask, problem, affinity)
+
+    def _full(self, size: int, value: float) -> Array:
+        return np.full((*self.batch, size), value, dtype=self._dtype)
+
+    def _start(self, mask: Array, problem: Mapping[str, Array], affinity: bool) -> View:
+        """The problem before the first step: domains first, then targets that are none of them."""
+        info, rows = self.info, self.info.rows
+        num_domains, num_rows = info.num_domains, len(rows)
+        weights, sizes = np.zeros(num_rows), np.zeros(num_rows)
+        self._targets = np.array([rows.index(name) for name in info.targets])
+        weights[self._targets] = info.objective_weights
+        run_tokens = info.horizon * info.batch_size * info.sequence_length
+        sizes[:num_domains] = np.array(info.sizes_tokens) / run_tokens
+        present = self._full(num_rows, 1.0)
+        present[..., :num_domains] = mask
+        trainable = np.where(np.arange(num_rows) < num_domains, present, 0.0)
+        known = {
+            "weights": weights,
+            "perplexity": np.full(1, float(info.metric == "perplexity")),
+            "sizes": np.where(present > 0, sizes, 0.0),
+            "trainable": trainable,
+            "affinity": self._affinity() if affinity else np.zeros(num_rows),
+        } | dict(problem)
+        losses = self._full(num_rows, info.initial_loss_nats)
+        trainable = np.broadcast_to(known["trainable"], losses.shape)
+        return View(
+            **{name: np.broadcast_to(value, (*self.batch, np.shape(value)[-1])) for name, value in known.items()},
+            losses=losses,
+            previous=losses.copy(),
+            gaps=self._full(num_rows, 0.0),
+            slopes=self._full(num_rows, 0.0),
+            drawn=self._full(num_rows, 0.0),
+            mixture=trainable / trainable.sum(-1, keepdims=True),
+            present=present,
+            progress=self._full(1, 0.0),
+            initial=info.initial_loss_nats,
+        )
+
+    def _affinity(self) -> Array:
+        """(R,) how near each row lies to the targets, where the run can tell."""
+        values, info = np.zeros(len(self.info.rows)), self.info
+        if info.affinity is not None:
+            values[: info.num_domains] = info.objective_weights @ info.affinity.matrix()
+        return values
+
+    def see(self, window: StepStats) -> None:
+        """Take the window since the last decision into the view."""
+        view, info = self.view, self.info
+        num_domains = info.num_domains
+        seen = view.losses.copy()
+        seen[..., :num_domains] = np.where(np.isfinite(window.losses), window.losses, seen[..., :num_domains])
+        if window.eval_losses is not None:
+            measured = np.isfinite(window.eval_losses)
+            if not self.batch:
+                measured &= np.asarray(view.weights)[self._targets] > 0
+            trained = seen[..., self._targets]
+            gaps = np.where(measured & (view.trainable[..., self._targets] > 0), window.eval_losses - trained, 0.0)
+            seen[..., self._targets] = np.where(measured, window.eval_losses, trained)
+            view.gaps = self._full(seen.shape[-1], 0.0)
+            view.gaps[..., self._targets] = gaps
+        earlier, now = float(view.progress.flat[0]), window.step / info.horizon
+        view.slopes = slope(seen, view.losses, view.slopes, now, earlier, np)
+        view.previous, view.losses = view.losses, seen
+        view.drawn = view.drawn.copy()
+        view.drawn[..., :num_domains] = window.drawn / (info.horizon * info.batch_size)
+        view.progress = self._full(1, now)
+
+    def decided(self, mixture: Array) -> None:
+        """Take in the mixture (…, K) that is in force from now on."""
+        self.view.mixture = self.view.mixture.copy()
+        self.view.mixture[..., : self.info.num_domains] = mixture
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the run changed."""
+        return {name: np.asarray(getattr(self.view, name)) for name in SEEN}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`'s value."""
+        for name, value in state.items():
+            setattr(self.view, name, np.array(value, dtype=np.float64))
