@@ -292,10 +292,10 @@ class Trainer(Protocol):
     def step(self, weights: Array, loss_weights: Array | None = None) -> StepStats:
         """Train one optimiser step on a batch composed by `weights` (K,)."""
 
-    def evaluate(self, split: str) -> Array:
+    def evaluate(self, split: str, sequences: int | None = None) -> Array:
         """Mean held-out losses in nats (M,), on fixed sequences of "validation" or "test".
 
-        A trainer that can measure on fewer takes `sequences`, see `objective.probe_counts`: NaN where none is left.
+        With `sequences`, on so many in all (`objective.probe_counts`): NaN where none is left.
         """
 
     def state_dict(self) -> dict[str, Any]:
@@ -394,7 +394,7 @@ def with_validation(stats: StepStats, trainer: Trainer, sequences: int | None = 
     if sequences is None:
         losses, tokens = trainer.evaluate("validation"), info.eval_tokens
     else:
-        losses = trainer.evaluate("validation", sequences)  # type: ignore[call-arg]
+        losses = trainer.evaluate("validation", sequences)
         tokens = sum(info.probe_counts(sequences)) * info.sequence_length
     seconds = {**stats.seconds, "validation": time.perf_counter() - started}
     return replace(stats, eval_losses=losses, eval_tokens=tokens, seconds=seconds)

@@ -28,6 +28,7 @@ class ViewTracker:
         """
         self.info, self.batch, self._dtype = info, mask.shape[:-1], dtype
         self.view: View = self._start(mask, problem, affinity)
+        self._trained = self.view.losses.copy()  # (…, R) last training loss, whatever the view shows
 
     def _full(self, size: int, value: float) -> Array:
         return np.full((*self.batch, size), value, dtype=self._dtype)
@@ -77,17 +78,19 @@ class ViewTracker:
         """Take the window since the last decision into the view."""
         view, info = self.view, self.info
         num_domains = info.num_domains
+        self._trained = self._trained.copy()
+        known = np.where(np.isfinite(window.losses), window.losses, self._trained[..., :num_domains])
+        drawn = np.isfinite(window.losses)
+        self._trained[..., :num_domains] = known
         seen = view.losses.copy()
-        seen[..., :num_domains] = np.where(np.isfinite(window.losses), window.losses, seen[..., :num_domains])
+        seen[..., :num_domains] = np.where(drawn, known, seen[..., :num_domains])
         if window.eval_losses is not None:
-            measured = np.isfinite(window.eval_losses)
-            if not self.batch:
-                measured &= np.asarray(view.weights)[self._targets] > 0
-            trained = seen[..., self._targets]
-            gaps = np.where(measured & (view.trainable[..., self._targets] > 0), window.eval_losses - trained, 0.0)
-            seen[..., self._targets] = np.where(measured, window.eval_losses, trained)
+            at = self._targets
+            measured = np.isfinite(window.eval_losses) & (view.weights[..., at] > 0)
+            seen[..., at] = np.where(measured, window.eval_losses, seen[..., at])
+            gaps = np.where(measured & (view.trainable[..., at] > 0), window.eval_losses - self._trained[..., at], 0.0)
             view.gaps = self._full(seen.shape[-1], 0.0)
-            view.gaps[..., self._targets] = gaps
+            view.gaps[..., at] = gaps
         earlier, now = float(view.progress.flat[0]), window.step / info.horizon
         view.slopes = slope(seen, view.losses, view.slopes, now, earlier, np)
         view.previous, view.losses = view.losses, seen
@@ -102,9 +105,11 @@ class ViewTracker:
 
     def state_dict(self) -> dict[str, Any]:
         """What the run changed."""
-        return {name: np.asarray(getattr(self.view, name)) for name in SEEN}
+        return {name: np.asarray(getattr(self.view, name)) for name in SEEN} | {"trained": self._trained}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`'s value."""
         for name, value in state.items():
-            setattr(self.view, name, np.array(value, dtype=np.float64))
+            setattr(
+                *((self, "_trained") if name == "trained" else (self.view, name)), np.array(value, dtype=np.float64)
+            )

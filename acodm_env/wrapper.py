@@ -52,7 +52,7 @@ class TrainerWrapper:
 
     def evaluate(self, split: str, sequences: int | None = None) -> Array:
         """Mean held-out losses in nats (M,); on so many sequences in all, where the inner trainer knows that."""
-        return self.inner.evaluate(split) if sequences is None else self.inner.evaluate(split, sequences)  # type: ignore[call-arg]
+        return self.inner.evaluate(split) if sequences is None else self.inner.evaluate(split, sequences)
 
     def state_dict(self) -> dict[str, Any]:
         """The inner trainer's."""

@@ -30,7 +30,7 @@ REFERENCE, UNIFORM, POLICY = "odm-released", "uniform", "generalist"
 ROWS = (UNIFORM, REFERENCE, "odm-released-rescaled", "share-0.3", "share-0.5", "share-1", POLICY)
 RECIPES: dict[str, dict[str, int]] = {
     "demo": {"steps": 400, "batch_size": 16, "sequence_length": 128, "evaluations": 20, "eval_sequences": 64},
-    "smoke": {"steps": 20, "batch_size": 6, "sequence_length": 32, "evaluations": 4, "eval_sequences": 4},
+    "smoke": {"steps": 80, "batch_size": 6, "sequence_length": 32, "evaluations": 4, "eval_sequences": 4},
 }
 """demo: what the tables show. smoke: seconds; checks that everything runs, shows nothing."""
 SCARCE = {"pocket": ("prose=1", "prose=160")}

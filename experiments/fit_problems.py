@@ -33,42 +33,41 @@ def fit_problems(config: "FitSurrogateConfig", out: Path) -> None:
     logs = ProblemLogs(config.problems, config.untrained_loss)
     check(logs.domains, logs.records)
     parts, which = _parts(logs, config.held_out)
-    with progress(ROUNDS * (1 + len(parts)), "fit", quiet=config.quiet, unit="round") as bar:
-
-        def fit(records: Sequence[Record], number: int) -> Calibrated:
-            return calibrate(
-                logs.domains,
-                records,
-                logs.initial,
-                lambda done, cost: bar.update(number * ROUNDS + done - bar.n),
-            )
-
-        fits = [fit(fitted, number) for number, (fitted, _) in enumerate(parts)]
-        final = fits[0] if config.held_out else fit(logs.records, len(parts))
+    fits, final = _fits(logs, parts, once=bool(config.held_out), quiet=config.quiet)
     verdicts = [judge(one, *part) for one, part in zip(fits, parts, strict=True)]
-    report = {
-        "held_out": which,
-        "parts": verdicts,
-        **_pooled(verdicts),
-        "residuals": _residuals(fits, parts),
-    }
+    report = {"held_out": which, "parts": verdicts, **_pooled(verdicts), "residuals": _residuals(fits, parts)}
+    family, spread = against(final, ProblemFamily()), _spread(fits)
     record = {
         "format": FORMAT,
         "parameters": final.record(),
         "overfit_passes": OVERFIT_PASSES,
-        "family": against(final, ProblemFamily()),
-        "spread": _spread(fits),
+        "family": family,
+        "spread": spread,
         "calibration": report,
         "provenance": {"runs": len(logs.records), "version": __version__, "command": config.command},
     }
     write_json(out, record)
     if not config.quiet:
-        say(_described(final) + "\n")
-        say(_within(record["family"], record["spread"]) + "\n")  # type: ignore[arg-type]
-        say(_wrong(report["residuals"]) + "\n")
+        say("\n\n".join((_described(final), _within(family, spread), _wrong(report["residuals"]))) + "\n")
     say(f"held out: {which}")
     say(_verdict(report))
     say(f"problem: {out} ({len(logs.domains)} rows, {len(logs.records)} runs)")
+
+
+def _fits(
+    logs: ProblemLogs, parts: Sequence[tuple[Sequence[Record], Sequence[Record]]], *, once: bool, quiet: bool
+) -> tuple[list[Calibrated], Calibrated]:
+    """A fit without each part's held-out runs, and the one that is written: of all runs, or the first if `once`."""
+    wanted = [fitted for fitted, _ in parts] + ([] if once else [logs.records])
+    fits = []
+    with progress(ROUNDS * len(wanted), "fit", quiet=quiet, unit="round") as bar:
+        for number, records in enumerate(wanted):
+
+            def on_round(done: int, cost: float, before: int = number * ROUNDS) -> None:
+                bar.update(before + done - bar.n)
+
+            fits.append(calibrate(logs.domains, records, logs.initial, on_round))
+    return fits[: len(parts)], fits[-1]
 
 
 def _parts(logs: ProblemLogs, held_out: Sequence[str]) -> tuple[list[tuple[list[Record], list[Record]]], str]:

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 from acodm_env.errors import DataError
 from acodm_env.files import read_json
-from acodm_env.surrogate.problems import INITIAL_NATS, ProblemFamily, Problems, losses
+from acodm_env.surrogate.problems import INITIAL_NATS, Problems, losses
 from acodm_env.trainer import Array
 
 FORMAT = "acodm-problem-1"
-OVERFIT_PASSES = float(np.mean(ProblemFamily().overfit_passes))
+OVERFIT_PASSES = 30.0
 """At which `Calibrated.overfit` is given."""
 SINCE = 0.25
 """Share of the run before which evaluations are not fitted, but for the one before the first step."""

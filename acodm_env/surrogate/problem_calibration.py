@@ -5,9 +5,9 @@ domains that they train on. Everything is fitted at once, by gradient through `p
 L-BFGS): β, A, c, δ and κ of every domain, T between them, and R*, over-fitting, favour, memory and fall of the corpus.
 
 Cost: Huber losses (0.02 nats) of the held-out losses, summed over targets and runs; the last evaluation of a run weighs
-as much as its others, of which the one before the first step ties δ to ln V. Two things are not read. Evaluations in the
-first quarter: the learning rate's warm-up slows them down, which the surface lacks and κ would explain. And a domain
-that a run could train on and never did: its loss may rise above ln V, which no amount of other data explains. Priors:
+as much as its others, of which the one before the first step ties δ to ln V. Two things are not read. Evaluations in
+the first quarter: the learning rate's warm-up slows them down, which the surface lacks and κ would explain. And a
+domain that a run could train on and never did: its loss may rise above ln V, which no other data explains. Priors:
 `PRIORS`; they decide only what the runs leave open, such as R* where nothing was repeated.
 
 What the runs cannot tell: over-fitting is linear in passes, so `overfit` is fitted at a fixed `overfit_passes`; κ, the

@@ -71,7 +71,7 @@ def test_learning_lowers_regret():
     _, best = apg.best_static(problems)
     with torch.no_grad():
         played = apg.play(problems, apg.deciding(learned.actor), 5, 0.0)
-    assert float((even - played.objective).mean()) > 0.25 * float((even - best).mean())
+    assert float((even - played.objective).mean()) > 0.2 * float((even - best).mean())
 
 
 def test_an_untrained_actor_is_uniform_and_survives_its_file(tmp_path):
