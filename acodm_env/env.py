@@ -167,7 +167,7 @@ class MixtureEnv(gym.Env[Observation, NDArray[np.float32]]):
     def _measured(self, held_out: Array) -> Array:
         """What is shown of held-out losses (M,): on random problems a measurement's."""
         sequences = getattr(innermost(self.trainer), "probe_sequences", None)
-        return held_out if sequences is None else self.trainer.evaluate("validation", sequences)  # type: ignore[call-arg]
+        return held_out if sequences is None else self.trainer.evaluate("validation", sequences)
 
     def _wants_curve(self) -> bool:
         """Whether the reward takes a uniform run, which a surface does not need for its end alone."""

@@ -110,6 +110,8 @@ class ViewTracker:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`'s value."""
         for name, value in state.items():
-            setattr(
-                *((self, "_trained") if name == "trained" else (self.view, name)), np.array(value, dtype=np.float64)
-            )
+            array = np.array(value, dtype=np.float64)
+            if name == "trained":
+                self._trained = array
+            else:
+                setattr(self.view, name, array)
