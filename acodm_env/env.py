@@ -34,7 +34,7 @@ class MixtureEnv(gym.Env[Observation, NDArray[np.float32]]):
 
     ## Action Space
     `Box(-1, 1, (K,))`: one logit per training domain, turned into a mixture by `ActionMap` and projected into
-    `Bounds`.
+    `Bounds`. With fields of `acodm_env.view` there is one, without effect, for every target that is no domain too.
 
     ## Observation Space
     `Box` of the concatenated fields, float32, each within its own finite bounds (`observation.FIELDS`).
@@ -90,6 +90,8 @@ class MixtureEnv(gym.Env[Observation, NDArray[np.float32]]):
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
             raise ConfigError(f"render_mode={render_mode}: must be one of {self.metadata['render_modes']}")
         self.trainer = trainer
+        self.probe_sequences: int | None = getattr(innermost(trainer), "probe_sequences", None)
+        """Held-out sequences of what is shown at a decision; None: as many as evaluations have."""
         self.reward_config = reward or RewardConfig()
         self.action_map = action or ActionMap()
         self.bounds = bounds or Bounds()
@@ -165,8 +167,8 @@ class MixtureEnv(gym.Env[Observation, NDArray[np.float32]]):
         return observation, float(reward), bool(diverged), bool(ended and not diverged), info
 
     def _measured(self, held_out: Array) -> Array:
-        """What is shown of held-out losses (M,): on random problems a measurement's."""
-        sequences = getattr(innermost(self.trainer), "probe_sequences", None)
+        """What is shown of held-out losses (M,): where little is measured, a measurement of its own."""
+        sequences = self.probe_sequences
         return held_out if sequences is None else self.trainer.evaluate("validation", sequences)
 
     def _wants_curve(self) -> bool:

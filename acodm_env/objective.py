@@ -73,23 +73,28 @@ def parse_targets(text: str | Mapping[str, float] | None) -> dict[str, float]:
     if not text:
         return {}
     if isinstance(text, Mapping):
-        return {name: _weight(name, weight) for name, weight in text.items()}
+        return {name: weight(f"targets.{name}", given) for name, given in text.items()}
     weights: dict[str, float] = {}
     for part in filter(str.strip, text.split(",")):
         name, equals, given = (piece.strip() for piece in part.partition("="))
         if not name or name in weights:
             raise ConfigError(f"targets={text}: '{part.strip()}' must be name or name=weight, each target once")
-        weights[name] = _weight(name, given if equals else 1.0)
+        weights[name] = weight(f"targets.{name}", given if equals else 1.0)
     return weights
 
 
-def _weight(name: str, given: object) -> float:
+def weight(where: str, given: object) -> float:
+    """A weight as a number.
+
+    Raises:
+        ConfigError: it is none of at least 0; `where` names it.
+    """
     try:
         number = float(given)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         number = math.nan
     if not (math.isfinite(number) and number >= 0):
-        raise ConfigError(f"targets.{name}={given}: must be a finite weight of at least 0")
+        raise ConfigError(f"{where}={given}: must be a finite weight of at least 0")
     return number
 
 
@@ -103,14 +108,14 @@ def normalised(targets: Mapping[str, float], known: Sequence[str]) -> tuple[tupl
     Raises:
         ConfigError: an unknown target, with a suggestion; a negative weight, or none that is positive.
     """
-    for name, weight in targets.items():
+    for name, given in targets.items():
         if name not in known:
             unknown("targets.<name>", name, known)
-        _weight(name, weight)
+        weight(f"targets.{name}", given)
     total = sum(targets.values())
     if total <= 0:
         raise ConfigError(f"targets={dict(targets)}: must hold a positive weight; all are 0")
-    return tuple(targets), tuple(weight / total for weight in targets.values())
+    return tuple(targets), tuple(given / total for given in targets.values())
 
 
 def describe(metric: str, weights: Mapping[str, float]) -> str:

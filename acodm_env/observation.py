@@ -266,7 +266,8 @@ class Observer:
         Args:
             info: the run.
             mask: (…, K) 1 for a domain, 0 for padding; by default as `info.padding` says.
-            problem: what differs from run to run of a batch, of `View`: weights, perplexity, sizes, trainable.
+            problem: what differs from run to run of a batch, of `View`: weights, perplexity, sizes, trainable,
+                affinity.
         """
         num_domains = info.num_domains
         self.info = info

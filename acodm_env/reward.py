@@ -8,7 +8,7 @@ Per-domain terms r (K,) enter the scalar as Σ_i α_i r_i, global terms are adde
 * ``final``       — minus the objective at the episode's end, optionally plus a uniform run's; wants γ = 1.
 
 J(α) = Σ α_i r_i is linear in α, so its greedy maximiser is a corner of the simplex: floor, horizon and state keep
-a policy inside. The objective is a weighted mean of *validation* losses.
+a policy inside. The objective is that of *validation* losses (`acodm_env.objective`).
 """
 
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ class RewardConfig:
     terms: Mapping[str, float] = field(default_factory=lambda: {"interaction": 1.0})
     """Weight of each term."""
     objective: Mapping[str, float] | None = None
-    """Weight of each held-out target in the objective; None weighs all equally."""
+    """Weight of each held-out target in the objective; None: those of the run."""
     progress_over_uniform: bool = False
     """Subtract from `progress` what one uniform run gained between the same steps."""
     final_over_uniform: bool = False

@@ -95,7 +95,7 @@ def target_share(info: RunInfo, share: float) -> Array:
 
     Where every domain counts, the rest is even over all; where no target is trained on, everything is.
     """
-    own, real = _own_weights(info), _real(info)
+    own, real = own_weights(info), _real(info)
     if own.sum() == 0:
         even: Array = real / real.sum()
         return even
@@ -111,7 +111,7 @@ def nearest_rule(info: RunInfo) -> tuple[str, Array]:
     Uniform where all domains count alike, or none of the targets is trained on; else the largest share of the targets
     with which none of them is passed over too often (`MOST_PASSES`, `MOST_OVERFIT`), uniform if none is.
     """
-    own, real = _own_weights(info), _real(info)
+    own, real = own_weights(info), _real(info)
     if own.sum() == 0 or (np.ptp(own[real]) < 1e-9 and own.sum() > 1 - 1e-9):
         return "uniform", real / real.sum()
     run, sizes = info.horizon * info.batch_size * info.sequence_length, np.maximum(info.sizes_tokens, 1)
@@ -124,7 +124,7 @@ def nearest_rule(info: RunInfo) -> tuple[str, Array]:
     return "uniform", real / real.sum()
 
 
-def _own_weights(info: RunInfo) -> Array:
+def own_weights(info: RunInfo) -> Array:
     """(K,) weight of each domain as a target of the objective; 0 where it is none."""
     weights = dict(zip(info.targets, info.objective_weights.tolist(), strict=True))
     return np.array([weights.get(name, 0.0) for name in info.domains])

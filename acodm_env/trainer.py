@@ -20,15 +20,9 @@ from numpy.typing import NDArray
 
 from acodm_env.errors import ConfigError
 from acodm_env.objective import marginal, probe_counts, value
+from acodm_env.view import Affinity
 
 Array = NDArray[np.float64]
-
-
-class Affinity(Protocol):
-    """Affinities of domains to targets, computed when asked for; see `acodm_env.corpus.affinity`."""
-
-    def matrix(self) -> Array:
-        """(M, K) from −2 to 2."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +59,14 @@ class RunInfo:
     """Weights (M,) of the held-out targets in the objective, summing to 1; empty: all equal."""
     metric: str = "loss"
     """What the objective averages: "loss", or "perplexity" (its logarithm), see `acodm_env.objective`."""
-    affinity: "Affinity | None" = field(default=None, compare=False)
+    affinity: Affinity | None = field(default=None, compare=False)
     """How near the domains lie to the targets, where there is text."""
     flops_per_token: float = 0.0
     """Model FLOPs of training on one token, forward and backward; a third of it is the forward pass."""
     eval_tokens: int = 0
     """Tokens of one evaluation."""
+    heldout_sequences: tuple[int, ...] = ()
+    """Validation sequences (M,) of each target; empty: as many as anybody asks for."""
     padding: int = 0
     """How many of the last domains are padding, never drawn: a randomised surrogate's arrays keep their shape."""
     seed: int = 0
@@ -95,8 +91,10 @@ class RunInfo:
         return float(value(np.asarray(losses), self.objective_weights, self.metric == "perplexity"))
 
     def probe_counts(self, sequences: int) -> tuple[int, ...]:
-        """Sequences (M,) of each target in a measurement of so many in all."""
-        return probe_counts(self.objective_weights.tolist(), [name in self.domains for name in self.targets], sequences)
+        """Sequences (M,) of each target in a measurement of so many in all, as far as there are so many."""
+        trained = [name in self.domains for name in self.targets]
+        counts = probe_counts(self.objective_weights.tolist(), trained, sequences)
+        return tuple(map(min, counts, self.heldout_sequences)) if self.heldout_sequences else counts
 
     def marginal_values(self, losses: Array) -> Array:
         """∂objective/∂L (M,) at held-out losses (M,)."""

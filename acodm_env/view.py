@@ -8,7 +8,7 @@ the domains that can be trained on draws from each in the whole run.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from acodm_env.objective import marginal
 
@@ -17,6 +17,13 @@ SMOOTHING = 0.5
 """Share of the newest slope in `View.slopes`."""
 _START = 0.05  # of the run: keeps logarithms of time finite at its start
 _LEAST = 0.05  # uniform shares, likewise
+
+
+class Affinity(Protocol):
+    """Affinities of domains to targets, computed when asked for; see `acodm_env.corpus.affinity`."""
+
+    def matrix(self) -> Any:
+        """(M, K) from −2 to 2."""
 
 
 @dataclass(kw_only=True)

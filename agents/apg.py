@@ -27,8 +27,8 @@ from acodm_env.objective import value
 from acodm_env.surrogate.problems import INITIAL_NATS, ProblemFamily, Problems, losses
 from acodm_env.view import GENERAL_FIELDS, PER_ROW, PER_RUN, View, slope
 
-from .equivariant import DomainActor, ObservationView, _mean
-from .export import _layers
+from .domain_networks import DomainActor, ObservationView, mean_over
+from .export import layers_of
 
 LEAST_GAIN = 0.03
 """Nats: smaller gains of the best static mixture count as so much, so that noise is not learned."""
@@ -101,9 +101,9 @@ class ViewActor(nn.Module):
         local, context = self._features(view, still)
         hidden = self.network.encoder(local, context)
         largest = hidden.masked_fill(~present.unsqueeze(-1), -torch.inf).amax(1)
-        pooled = torch.cat([_mean(hidden, present).squeeze(1), largest, context], 1)
+        pooled = torch.cat([mean_over(hidden, present).squeeze(1), largest, context], 1)
         logits = self.network.head(hidden, pooled).squeeze(-1)
-        action = torch.tanh(logits - _mean(logits, present))
+        action = torch.tanh(logits - mean_over(logits, present))
         return mixtures(action, view.trainable, self.config.scale, self.config.floor)
 
     def _features(self, view: View, still: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,7 +119,7 @@ class ViewActor(nn.Module):
 
     def policy(self, decisions: int, probe_sequences: int, provenance: Mapping[str, Any]) -> EquivariantPolicy:
         """The exported form: a run of `decisions` decisions, whatever its steps."""
-        encoder, head = _layers(self.network.encoder.layers), _layers(self.network.head.layers)
+        encoder, head = layers_of(self.network.encoder.layers), layers_of(self.network.head.layers)
         return EquivariantPolicy(
             fields=self.fields,
             scalings=self.scalings,

@@ -66,8 +66,11 @@ class _Clock(BaseCallback):
         self.seconds, self.started = seconds, time.process_time()
 
     def _on_training_start(self) -> None:
-        base = self.model.lr_schedule
+        self._base = base = self.model.lr_schedule
         self.model.lr_schedule = lambda _: base(self.left)
+
+    def _on_training_end(self) -> None:
+        self.model.lr_schedule = self._base
 
     @property
     def left(self) -> float:
@@ -126,7 +129,7 @@ def learn(
     policy = to_policy(agent, venv, shape, provenance)
     with torch.no_grad():
         agent.policy.load_state_dict(before)
-    untrained = to_policy(agent, venv, shape, provenance | {"checkpoint": "untrained"})
+    untrained = to_policy(agent, venv, shape, provenance | {"checkpoint": "untrained" if init is None else "initial"})
     return Learned(policy, untrained, agent.num_timesteps, spent)
 
 
@@ -135,6 +138,7 @@ def _spend(agent: BaseAlgorithm, timesteps: int, seconds: float | None, *, warm:
     if seconds is None:
         if warm:
             warm_up_critic(agent, timesteps // 20)
+            timesteps -= timesteps // 20
         agent.learn(timesteps, reset_num_timesteps=not warm)
         return
     if warm:

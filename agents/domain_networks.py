@@ -37,7 +37,7 @@ class ObservationView:
         if mask is None:
             mask = observation.new_ones(len(observation), self.num_domains)
         present = mask > 0
-        local, context = features(observation, present, self.fields, self.scalings, _mean, torch)
+        local, context = features(observation, present, self.fields, self.scalings, mean_over, torch)
         return local, context, present
 
     def column(self, observation: torch.Tensor, name: str) -> torch.Tensor:
@@ -125,9 +125,9 @@ class DomainActor(nn.Module):
         local, context, present = view.read(observation)
         hidden = self.encoder(local, context)
         largest = hidden.masked_fill(~present.unsqueeze(-1), -torch.inf).amax(1)
-        pooled = torch.cat([_mean(hidden, present).squeeze(1), largest, context], 1)
+        pooled = torch.cat([mean_over(hidden, present).squeeze(1), largest, context], 1)
         logits = self.head(hidden, pooled).squeeze(-1)
-        centred: torch.Tensor = (logits - _mean(logits, present)).masked_fill(~present, -torch.inf)
+        centred: torch.Tensor = (logits - mean_over(logits, present)).masked_fill(~present, -torch.inf)
         return nn.functional.pad(centred, (0, self.view.num_domains - view.num_domains), value=-torch.inf)
 
 
@@ -163,7 +163,7 @@ class DomainHeadsCritic(nn.Module):
         even = torch.log(shares * choices.sum(1, keepdim=True) + _LEAST_SHARE)
         hidden = self.encoder(torch.cat([local, torch.stack([action, even], -1)], -1), context)
         largest = hidden.masked_fill(~present.unsqueeze(-1), -torch.inf).amax(1)
-        pooled = torch.cat([_mean(hidden, present).squeeze(1), largest, context], 1)
+        pooled = torch.cat([mean_over(hidden, present).squeeze(1), largest, context], 1)
         heads = self.head(hidden, pooled).squeeze(-1).masked_fill(~present, 0.0)  # (B, K)
         total: torch.Tensor = heads.sum(1, keepdim=True)
         return total
@@ -189,7 +189,7 @@ class DomainValue(nn.Module):
         local, context, present = view.read(observation)
         hidden = self.encoder(local, context)
         largest = hidden.masked_fill(~present.unsqueeze(-1), -torch.inf).amax(1)
-        value: torch.Tensor = self.head(torch.cat([_mean(hidden, present).squeeze(1), largest, context], 1))
+        value: torch.Tensor = self.head(torch.cat([mean_over(hidden, present).squeeze(1), largest, context], 1))
         return value
 
 
@@ -210,7 +210,7 @@ class DomainCritic(nn.Module):
         shares = torch.softmax((_SHARPNESS * action).masked_fill(~present, -torch.inf), 1)
         choice = torch.stack([action, shares * present.sum(1, keepdim=True) - 1], -1)
         hidden = self.encoder(torch.cat([local, choice], -1), context)
-        value: torch.Tensor = self.head(torch.cat([_mean(hidden, present).squeeze(1), context], 1))
+        value: torch.Tensor = self.head(torch.cat([mean_over(hidden, present).squeeze(1), context], 1))
         return value
 
 
@@ -254,7 +254,7 @@ def layout_of(policy_kwargs: dict[str, Any], env: VecEnv | None) -> dict[str, An
     return policy_kwargs | {"layout": env.get_attr("observer")[0].layout}
 
 
-def _mean(values: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+def mean_over(values: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
     """Mean over the domains present (B, 1, …) of (B, K, …)."""
     shares = present / present.sum(1, keepdim=True)  # (B, K)
     if values.dim() == 2:

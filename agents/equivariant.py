@@ -28,27 +28,11 @@ from .domain_networks import (
     DomainActor,
     DomainCritic,
     DomainHeadsCritic,
-    DomainValue,
-    LocalNetwork,
-    ObservationView,
-    _mean,
     layout_of,
     view_of,
 )
 from .noise import PersistentNoise
 from .penalty import LogitPenalty
-
-__all__ = [
-    "DomainActor",
-    "DomainCritic",
-    "DomainHeadsCritic",
-    "DomainValue",
-    "EquivariantTD3",
-    "EquivariantTD3Policy",
-    "LocalNetwork",
-    "ObservationView",
-    "_mean",
-]
 
 CRITICS = ("pooled", "heads")
 """A value of what all domains are like on average, or one per domain, summed."""

@@ -8,9 +8,9 @@ rows that an action can change count in the likelihood: padding and mere targets
 
 Where the mixture in force is a running average of the decisions, independent noise at every decision cancels and the
 return hardly tells good from bad; with `persistence` a deviation lasts: what was left of it is added to the next action
-(an AR(1) process, as in coloured-noise PPO, arXiv 2312.11091). The likelihood is that of what is *new* in it. Taking
-that of the whole deviation, as if it were independent, is wrong: the mixture in force tells of the noise to come, and
-the gradient's estimate is biased. docs/lab-log.md has what was measured.
+(an AR(1) process; coloured-noise PPO, arXiv 2312.11091, takes 1/f^β noise). The likelihood is that of what is *new* in
+it. Taking that of the whole deviation, as if it were independent, is wrong: the mixture in force tells of the noise to
+come, and the gradient's estimate is biased. docs/lab-log.md has the few runs there are.
 """
 
 from collections.abc import Mapping, Sequence
@@ -170,9 +170,9 @@ class ProblemRolloutBuffer(RolloutBuffer):
 
     Minibatches hold runs of like numbers of domains, so that little padding is computed; every transition still comes
     once per epoch, and the order of the minibatches is random. Where `copies` runs share a problem, their advantages
-    are taken relative to their mean and in units of their standard deviation (as in GRPO, arXiv 2402.03300): a critic
-    cannot know a surface from its first losses, its copies can; and problems in which little can be won count like
-    those with a lot.
+    are taken relative to their mean and in units of their standard deviation (after GRPO, arXiv 2402.03300, which has
+    no critic): a critic cannot know a surface from its first losses, its copies can; and problems in which little can
+    be won count like those with a lot.
     """
 
     view: ObservationView | None = None

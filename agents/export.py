@@ -19,7 +19,6 @@ from acodm_env.equivariant import EquivariantPolicy, split_mask
 from acodm_env.errors import PolicyError
 from acodm_env.policy import LAYER_NORM_EPSILON, Layers, Policy
 from acodm_env.trainer import Array
-from acodm_env.wrapper import innermost
 
 from .domain_networks import DomainActor
 from .equivariant import EquivariantTD3Policy
@@ -41,17 +40,22 @@ def actor_layers(model: BaseAlgorithm) -> Layers:
     policy: Any = model.policy
     actor: Any = getattr(policy, "actor", None)
     if hasattr(actor, "latent_pi"):  # SAC, TQC, CrossQ: the mean of a squashed Gaussian
-        return _layers([*actor.latent_pi, actor.mu], "tanh")
+        return layers_of([*actor.latent_pi, actor.mu], "tanh")
     if isinstance(getattr(actor, "mu", None), nn.Sequential):  # TD3, DDPG
-        return _layers(actor.mu)
+        return layers_of(actor.mu)
     if hasattr(policy, "mlp_extractor") and not hasattr(policy, "lstm_actor"):  # PPO, A2C, TRPO: the mean, clipped
-        return _layers([*policy.mlp_extractor.policy_net, policy.action_net], "clip")
+        return layers_of([*policy.mlp_extractor.policy_net, policy.action_net], "clip")
     if isinstance(getattr(policy, "action_net", None), nn.Sequential):  # ARS
-        return _layers(policy.action_net, None if policy.squash_output else "clip")
+        return layers_of(policy.action_net, None if policy.squash_output else "clip")
     raise PolicyError(f"algo={type(model).__name__}: its actor cannot be exported; those of {EXPORTED} can")
 
 
-def _layers(modules: Iterable[nn.Module], last: str | None = None) -> Layers:
+def layers_of(modules: Iterable[nn.Module], last: str | None = None) -> Layers:
+    """(weight, bias, activation) of dense layers and layer normalisations in order; `last` names the final activation.
+
+    Raises:
+        PolicyError: a layer that the policy format does not know.
+    """
     names = {nn.ReLU: "relu", nn.Tanh: "tanh"}
     layers: list[tuple[NDArray[np.float32], NDArray[np.float32], str]] = []
     before: tuple[Array, Array] | None = None  # factor and shift of a BatchRenorm: part of the next dense layer
@@ -124,7 +128,7 @@ def to_policy(model: BaseAlgorithm, venv: VecEnv, env: MixtureEnv, provenance: M
         "horizon": info.horizon,
         "lag": info.lag,
         "gradients": info.gradients,
-        "probe_sequences": getattr(innermost(env.trainer), "probe_sequences", None),
+        "probe_sequences": env.probe_sequences,
     }
     if isinstance(model.policy, EquivariantTD3Policy | EquivariantPPOPolicy):
         return _equivariant(model.policy, venv, common, provenance)
@@ -161,7 +165,7 @@ def _equivariant(
             "them; learn with VecNormalize(norm_obs=False)"
         )
     network = domain_actor(policy)
-    encoder, head = _layers(network.encoder.layers), _layers(network.head.layers)
+    encoder, head = layers_of(network.encoder.layers), layers_of(network.head.layers)
     return EquivariantPolicy(
         fields=policy.view.fields,
         scalings=policy.view.scalings,

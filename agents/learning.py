@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -87,12 +87,14 @@ class Learner:
         require_fit(learning.algo)
         self.learning = learning
         self.folder = folder
-        self.env = _unwrapped(make_env())
-        settings = settings_for(learning.algo, section_of(self.env), recipe, conf_file)
-        self.venv: VecNormalize = normalised(make_many() if make_many else self.env, settings)
         self._initial = None if learning.init is None else open_policy(learning.init)
         if self._initial is not None:
             require_equivariant(self._initial)
+            make_env = _probing(make_env, self._initial)
+        self.env = _unwrapped(make_env())
+        settings = settings_for(learning.algo, section_of(self.env), recipe, conf_file)
+        self.venv: VecNormalize = normalised(make_many() if make_many else self.env, settings)
+        if self._initial is not None:
             settings = settings | {"policy_kwargs": settings["policy_kwargs"] | {"net_arch": hidden_of(self._initial)}}
         self.agent: BaseAlgorithm = build_agent(learning.algo, self.venv, settings, seed=learning.seed)
         if self._initial is not None:
@@ -184,8 +186,7 @@ class Learner:
 
     def policy(self, provenance: Mapping[str, Any]) -> Policy:
         """The agent as it is now, in exported form."""
-        policy = to_policy(self.agent, self.venv, self.env, provenance)
-        return policy if self._initial is None else replace(policy, probe_sequences=self._initial.probe_sequences)
+        return to_policy(self.agent, self.venv, self.env, provenance)
 
     def evaluate(self) -> Row:
         """Deterministic episodes on an environment of its own, always the same ones; means over them."""
@@ -334,6 +335,18 @@ def _logger(folder: Path, num_timesteps: int) -> Logger:
     folder.mkdir(parents=True, exist_ok=True)
     kinds = ["csv", *(["tensorboard"] if find_spec("tensorboard") else [])]
     return Logger(str(folder), [make_output_format(kind, str(folder), f"_from_{num_timesteps}") for kind in kinds])
+
+
+def _probing(make_env: Callable[[], gym.Env[Any, Any]], policy: Policy) -> Callable[[], gym.Env[Any, Any]]:
+    """The factory of proxies that show what the policy to begin with measures; surrogates have a way of their own."""
+
+    def make() -> gym.Env[Any, Any]:
+        env = make_env()
+        if env_id_of(_unwrapped(env)) != SURROGATE:
+            _unwrapped(env).probe_sequences = policy.probe_sequences
+        return env
+
+    return make
 
 
 def _unwrapped(env: gym.Env[Any, Any]) -> MixtureEnv:

@@ -38,6 +38,8 @@ class HeldOut:
         sizes = [targets.num_sequences(split, config.sequence_length) for split in ("validation", "test")]
         self.num_tokens = sum(min(size, config.eval_sequences) for size in sizes[0]) * config.sequence_length
         """Tokens of one evaluation."""
+        self.available = tuple(int(size) for size in sizes[0])
+        """Validation sequences (M,)."""
         self._rows: dict[tuple[str, tuple[int, ...]], tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
 
     @torch.no_grad()

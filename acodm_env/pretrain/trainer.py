@@ -101,6 +101,7 @@ class LMTrainer:
             metric=check_metric(metric),
             affinity=Affinity(store, (heldout_store or store).subset(names), config.sequence_length),
             eval_tokens=self._held_out.num_tokens,
+            heldout_sequences=self._held_out.available,
             sizes_tokens=store.sizes_tokens("train"),
             batch_size=config.batch_size,
             sequence_length=config.sequence_length,

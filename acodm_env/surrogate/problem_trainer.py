@@ -175,7 +175,8 @@ class ProblemTrainer:
         """What a step showed; of every step of a decision more noise, so that their mean has the problem's."""
         steps, info = self.steps_done, self.info
         spread = np.sqrt(min(info.decision_every, info.horizon))
-        observed = np.where(mixture > 0, training + self._error(spread), np.nan)
+        plain = self.problems.measured == 0  # of the others a measurement is shown: its noise is the gap's too
+        observed = np.where(mixture > 0, training + self._error(spread) * plain, np.nan)
         passes = self._drawn * self._choices / np.maximum(self.problems.sizes, 1e-6)
         shown = self._given(mixture)
         return StepStats(

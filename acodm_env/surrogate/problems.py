@@ -10,8 +10,9 @@ that teach nothing, and the effects that logged runs of language models show (do
 n_j is the data drawn of domain j in uniform shares (see `acodm_env.view`), fresh() saturates beyond one pass with R*,
 T is transfer, x̄ is x at uniform amounts, δ the start that gives ln V. Over-fitting rises with passes times a power of
 the share; the recent share is a running mean over decisions: a domain that is starved loses at once, one that is
-favoured gains little or nothing, as on text; the fall is the learning rate's at the end. All functions
-take numpy or torch, so that environments and the learner that differentiates through them run the same lines.
+favoured gains little or nothing, as on text; the fall is the learning rate's at the end. `fresh`
+and `losses` take numpy or torch, so that environments and the learner that differentiates through them run the same
+lines.
 """
 
 import math
@@ -22,6 +23,7 @@ import numpy as np
 
 from acodm_env.corpus.affinity import OWN, standardised
 from acodm_env.errors import ConfigError
+from acodm_env.objective import LEAST, MOST
 from acodm_env.trainer import Array
 
 INITIAL_NATS = 7.62
@@ -231,10 +233,11 @@ class ProblemFamily:
 
         recency = between("recency", width) * rng.uniform(0.3, 1.0, (batch, 1))
         wanted = weights > 0
-        each = self.probe_sequences // np.maximum(wanted.sum(-1, keepdims=True), 1)
-        unmeasured = (each < LEAST_SEQUENCES) & (trainable > 0)
-        measured = wanted & ~unmeasured
-        sequences = np.where(measured, np.clip(each, LEAST_SEQUENCES, 32), TRAINING_SEQUENCES)
+        few = wanted.sum(-1, keepdims=True) * LEAST > self.probe_sequences  # as `objective.probe_counts` has it
+        measured = wanted & ~(few & (trainable > 0))
+        each = self.probe_sequences // np.maximum(measured.sum(-1, keepdims=True), 1)
+        each = np.clip(each, max(1, min(LEAST, self.probe_sequences)), MOST)
+        sequences = np.where(measured, each, TRAINING_SEQUENCES)
         return Problems(
             weights=weights,
             perplexity=perplexity,
@@ -326,6 +329,5 @@ class ProblemFamily:
         return weights, perplexity, trainable
 
 
-LEAST_SEQUENCES = 8
 TRAINING_SEQUENCES = 16
 """Sequences behind a training loss that is shown: what a domain contributes to a window, more or less."""

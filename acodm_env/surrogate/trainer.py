@@ -151,7 +151,6 @@ class SurrogateTrainer:
         """(…, M) weights of the targets in the objective."""
         self.perplexity: bool | Array = False
         """Whether the objective averages perplexities: a fitted surface's never does."""
-        self.problem: dict[str, Array] = {}
         mask = arrange([mask for *_, mask in stacked])
         self.mask: Array = np.broadcast_to(mask, (*self.batch, num_domains))
         """(…, K) 1 for a domain, 0 for padding."""
@@ -159,6 +158,16 @@ class SurrogateTrainer:
         self.length = arrange([np.array([surface.length]) for surface in surfaces])  # (…, 1)
         self._noise = arrange([np.array([self.noise * surface.noise_nats]) for surface in surfaces])  # (…, 1)
         self.info = self._describe(first, num_domains, num_targets)
+        self.problem = self._problem(mask)
+        """What the runs differ in, for `Observer.start`; sizes are fractions of the run."""
+
+    def _problem(self, mask: Array) -> dict[str, Array]:
+        rows = self.info.rows
+        weights = np.zeros((*self.target_weights.shape[:-1], len(rows)), dtype=self.dtype)
+        weights[..., [rows.index(name) for name in self.info.targets]] = self.target_weights
+        sizes = np.zeros_like(weights)
+        sizes[..., : self.info.num_domains] = np.where(mask > 0, self.law.sizes / self.length, 0.0)
+        return {"weights": weights, "sizes": sizes}
 
     def _describe(self, surface: Surface, num_domains: int, num_targets: int) -> RunInfo:
         padding = num_domains - len(surface.domains)

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from acodm_env.errors import ConfigError
+from acodm_env.support import own_weights
 from acodm_env.trainer import Array, Mixer, RunInfo, RunRequest, RunResult, StepStats
 
 from .options import positive, whole
-from .targets import domain_weights
 
 WINDOWS = ((0.4, 0.8), (0.5, 1.0))
 """Shares of the proxy run between which slopes are taken."""
@@ -84,7 +84,7 @@ class MarginalValue(Mixer):
 
     def _shares(self, info: RunInfo) -> list[float]:
         """Shares of the run after which the values are revised."""
-        changing = info.metric == "perplexity" and (domain_weights(info) > 0).sum() > 1
+        changing = info.metric == "perplexity" and (own_weights(info) > 0).sum() > 1
         count = self.revisions if self.live and changing else 0
         return [round(index / (count + 1), 6) for index in range(1, count + 1)]
 

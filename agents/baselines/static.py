@@ -12,7 +12,10 @@ import yaml
 
 from acodm_env.errors import ConfigError, unknown
 from acodm_env.mixture import check_weights
+from acodm_env.objective import weight
 from acodm_env.trainer import Array, Mixer, RunInfo
+
+from .options import positive
 
 _SUFFIXES = (".json", ".yaml", ".yml")
 
@@ -67,7 +70,7 @@ class Temperature(_Fixed):
 
     def __init__(self, tau: float = 1 / 0.3):
         """Take τ, a positive number."""
-        self.tau = _positive("tau", tau)
+        self.tau = positive("tau", tau)
 
     def _compute(self, info: RunInfo) -> object:
         sizes = np.array(info.sizes_tokens, dtype=np.float64)  # (K,)
@@ -93,8 +96,8 @@ class UniMax(_Fixed):
                 (arXiv 2305.16264).
             budget_tokens: C, tokens of the run; None: those of the run that it drives.
         """
-        self.max_epochs = _positive("max_epochs", max_epochs)
-        self.budget_tokens = None if budget_tokens is None else _positive("budget_tokens", budget_tokens)
+        self.max_epochs = positive("max_epochs", max_epochs)
+        self.budget_tokens = None if budget_tokens is None else positive("budget_tokens", budget_tokens)
 
     def _compute(self, info: RunInfo) -> object:
         left = self.budget_tokens or float(info.batch_size * info.sequence_length * info.horizon)
@@ -146,23 +149,7 @@ class Static(_Fixed):
         missing = [name for name in info.domains if name not in self._given]
         if missing:
             raise ConfigError(f"weights: must name every domain; missing {', '.join(missing)} (0 leaves one out)")
-        return [_number(name, self._given[name]) for name in info.domains]
-
-
-def _positive(name: str, value: float) -> float:
-    if not (math.isfinite(value) and value > 0):
-        raise ConfigError(f"{name}={value}: must be a positive number")
-    return value
-
-
-def _number(name: str, value: object) -> float:
-    try:
-        number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        number = math.nan
-    if not (math.isfinite(number) and number >= 0):
-        raise ConfigError(f"weights.{name}={value}: must be a finite number of at least 0")
-    return number
+        return [weight(f"weights.{name}", self._given[name]) for name in info.domains]
 
 
 def _parse(text: str) -> Mapping[str, float]:
@@ -173,7 +160,7 @@ def _parse(text: str) -> Mapping[str, float]:
         name, _, value = (piece.strip() for piece in part.rpartition("="))
         if not name or name in mixture:
             raise ConfigError(f"weights={text}: '{part}' must be name=weight, each domain once")
-        mixture[name] = _number(name, value)
+        mixture[name] = weight(f"weights.{name}", value)
     return mixture
 
 

@@ -13,16 +13,10 @@ import numpy as np
 
 from acodm_env.errors import ConfigError
 from acodm_env.objective import marginal
-from acodm_env.support import target_share
+from acodm_env.support import own_weights, target_share
 from acodm_env.trainer import Array, RunInfo
 
 from .static import _Fixed
-
-
-def domain_weights(info: RunInfo) -> Array:
-    """ω (K,) of the domains as targets of the run; 0 for those that are none."""
-    known = dict(zip(info.targets, info.objective_weights.tolist(), strict=True))
-    return np.array([known.get(name, 0.0) for name in info.domains])
 
 
 def is_plain(info: RunInfo) -> bool:
@@ -44,7 +38,7 @@ def domain_values(info: RunInfo, losses: Array) -> Array:
     """
     if is_plain(info):
         return np.ones(info.num_domains)
-    weights = domain_weights(info)
+    weights = own_weights(info)
     trained = float(weights.sum())
     if info.metric == "perplexity" and trained > 0:
         heavy: Array = marginal(losses, weights / trained, True)

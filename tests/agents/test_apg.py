@@ -8,7 +8,10 @@ import torch
 
 from acodm_env.agents import apg
 from acodm_env.errors import ConfigError
+from acodm_env.mixture import Controller
+from acodm_env.observation import Observer
 from acodm_env.policy import Policy
+from acodm_env.surrogate.problem_trainer import ProblemTrainer
 from acodm_env.surrogate.problems import ProblemFamily
 
 FAMILY = ProblemFamily(num_domains=(2, 3), decisions=(4, 6))
@@ -87,3 +90,24 @@ def test_an_untrained_actor_is_uniform_and_survives_its_file(tmp_path):
 def test_bad_settings(settings):
     with pytest.raises(ConfigError):
         apg.ApgConfig(**settings)
+
+
+def test_what_was_learned_is_what_is_exported():
+    """The file's policy, seen through an observer and a controller, decides as the actor does in `play`."""
+    family = replace(FAMILY, num_domains=(3, 3), noise=(0.0, 0.0))
+    runs = ProblemTrainer(family, batch=(8,), horizon=5, noise=0.0)
+    runs.reset(np.random.default_rng(3))
+    actor = apg.ViewActor(CONFIG, seed=0)
+    with torch.no_grad():  # an untrained actor is uniform, and would hide every fault
+        actor.network.head.layers[-1].weight.normal_(0, 2.0, generator=torch.Generator().manual_seed(0))
+        played = apg.play(runs.problems.tensors(), apg.deciding(actor), 5, 0.0).mixtures.numpy()  # (D, B, K)
+    policy = actor.policy(5, 28, {})
+    observer = Observer(runs.info, apg.GENERAL_FIELDS, batch=(8,))
+    observation, controller = observer.start(runs.info, runs.mask, runs.problem), Controller(policy.action)
+    for expected in played:
+        mixture = controller.take(policy.act(observation).astype(np.float64), observer.choices())
+        np.testing.assert_allclose(mixture, expected, atol=2e-3)
+        observer.decided(mixture)
+        stats = replace(runs.step(mixture), eval_losses=runs.evaluate("validation", 28))
+        observation = observer.observe(stats)
+    assert np.ptp(played, axis=0).max() > 0.05

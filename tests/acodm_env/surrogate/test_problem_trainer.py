@@ -92,7 +92,11 @@ def test_noise_is_a_lasting_offset_and_half_of_it_anew():
     quiet = training.again()
     windows = [[run.step(training.mask / 4).losses for _ in range(2)] for run in (training, quiet)]
     errors = (np.mean(windows[0], 0) - np.mean(windows[1], 0)) / training.problems.noise
-    assert np.nanstd(errors) == pytest.approx(np.sqrt(1.25), rel=0.05)  # of a decision, however many steps it has
+    plain = training.problems.measured == 0
+    assert np.nanstd(errors[plain]) == pytest.approx(np.sqrt(1.25), rel=0.05)  # of a decision, however many its steps
+    assert (
+        np.nanmax(np.abs(errors[~plain])) < 1e-6
+    )  # the gap to a measurement has the measurement's noise, as in `play`
 
 
 # --- environments ------------------------------------------------------------------------------------------
