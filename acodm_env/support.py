@@ -47,7 +47,7 @@ def outside(support: Mapping[str, Any], info: RunInfo) -> list[str]:
         "steps_per_decision": (info.decision_every, "optimiser steps per decision"),
     }
     return [
-        f"{number} {words}, it learned with {_range(*support[name])}"
+        f"{number} {words}, it is meant for {_range(*support[name])}"
         for name, (number, words) in here.items()
         if name in support and not _within(number, *support[name])
     ]

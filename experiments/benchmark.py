@@ -79,7 +79,7 @@ class BenchmarkConfig:
     seeds: str | None = None
     """Number of seeds, or the seeds themselves: 0,1,2; default: 5, of a suite 3."""
     reference: str = "odm-released"
-    """Row whose best perplexity the others have to reach."""
+    """Row whose best objective the others have to reach."""
     evaluations: int | None = None
     """Evaluations on the test split during each run; default: 30, of a suite 8."""
     eval_sequences: int = 64

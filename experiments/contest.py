@@ -42,7 +42,7 @@ class ContestConfig:
     unseen: int = 256
     """Unseen problems per seed."""
     ablate: bool = False
-    """Instead: learn apg with each field of the observation left out, and print what is lost."""
+    """Instead: learn apg with each field of the observation left out, beside all of them, and print their shares."""
     out: str = "runs/contest"
     """Folder of the comparison."""
     quiet: bool = False

@@ -1,4 +1,4 @@
-"""From runs to numbers and pictures: the table that every comparison prints, and `report.png`."""
+"""From runs to numbers and a picture: the stable fields of `result.json`, and `report.png`."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -125,82 +125,7 @@ def _finite(value: Any) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def table(results: Mapping[str, Mapping[str, Any]], reference: str, learning: Mapping[str, Any] | None = None) -> str:
-    """The comparison as aligned text, best mean loss first; `learning` is what the row "policy" cost beforehand."""
-    header = ("mixer", "mean loss", "mean ppl", f"steps to {reference}'s best", "s/step", "learning")
-    rows = [header]
-    for name, result in sorted(results.items(), key=lambda item: item[1]["mean_loss_nats"] or np.inf):
-        ratio = result["steps_to_reference_ratio"]
-        rows.append(
-            (
-                name,
-                _number(result["mean_loss_nats"], ".4f"),
-                _number(result["mean_perplexity"], ".2f"),
-                "never" if ratio is None else f"{ratio:.3f}×",
-                _number(result["seconds_per_step"], ".3f"),
-                f"{learning['tokens']:,} tokens, {learning['seconds']:.0f} s" if learning and name == "policy" else "-",
-            )
-        )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    lines = [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    lines.insert(1, "  ".join("-" * w for w in widths))
-    return "\n".join(lines)
-
-
-def _number(value: float | None, form: str) -> str:
-    return "diverged" if value is None else format(value, form)
-
-
-def verdicts(results: Mapping[str, Mapping[str, Any]], policy: str = "policy") -> list[str]:
-    """Plain sentences on the learned policy against every other run: one seed shows no significance, and says so.
-
-    Two runs count as "cannot be told apart" when their per-domain losses differ by less than twice the standard
-    error of the difference over domains: a rough yardstick for one seed, not a test.
-    """
-    lines = []
-    for name, result in results.items():
-        if name == policy:
-            continue
-        difference = _difference(results[policy], result)
-        if difference is None:
-            lines.append(f"{policy} against {name}: one of them diverged.")
-            continue
-        mean, error = difference
-        if abs(mean) <= 2 * error:
-            word = "cannot be told apart from"
-        else:
-            word = "beats" if mean < 0 else "LOSES to"
-        perplexity = results[policy]["mean_perplexity"] / result["mean_perplexity"] - 1
-        lines.append(
-            f"{policy} {word} {name}: mean loss {mean:+.4f} nats (± {2 * error:.4f} over domains, one seed), "
-            f"mean perplexity {perplexity:+.1%}."
-        )
-    ranks = [_rank(results, policy, key) for key in ("mean_loss_nats", "mean_perplexity")]
-    lines.append(f"Of {len(results)} runs {policy} comes {ranks[0]} by mean loss and {ranks[1]} by mean perplexity.")
-    return lines
-
-
-def _rank(results: Mapping[str, Mapping[str, Any]], name: str, key: str) -> str:
-    values = {other: np.inf if result[key] is None else result[key] for other, result in results.items()}
-    place = 1 + sum(value < values[name] for value in values.values())
-    return "last" if place == len(values) else f"number {place}"
-
-
-def _difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[float, float] | None:
-    pairs = [(first["domain_loss_nats"][name], second["domain_loss_nats"][name]) for name in first["domain_loss_nats"]]
-    if any(a is None or b is None for a, b in pairs):
-        return None
-    delta = np.array([a - b for a, b in pairs])
-    error = float(delta.std(ddof=1) / np.sqrt(len(delta))) if len(delta) > 1 else 0.0
-    return float(delta.mean()), error
-
-
-LEARNED = ("policy", "generalist")
+LEARNED = ("generalist",)
 """Rows that are drawn heavier."""
 
 

@@ -23,6 +23,7 @@ from acodm_env.files import read_json, write_json
 from acodm_env.trainer import RunInfo
 
 OWN = ("mixers", "options", "domains", "exclude", "cut", "objective", "targets", "cell", "resume", "keep_models")
+OWN += ("reference", "mean_of")
 """Settings that a suite's tasks bring themselves, or that a suite has no use for."""
 RECORD = "task.json"
 

@@ -125,8 +125,9 @@ def rows_of(task: Task, info: RunInfo, policy: list[Entry], wanted: str | None) 
     keep = _chooser(chosen, [entry.name for entry in own])
     known = [entry.name for entry in entries] + [MEAN_OF + name for name in averages]
     for name in chosen:
-        optional = name == "grid" or name.startswith((HALF, TWICE, PAIR, MEAN_OF))
-        if name not in known and not optional:
+        rest = next((name.removeprefix(kind) for kind in (HALF, TWICE) if name.startswith(kind)), None)
+        optional = name == "grid" or name.startswith(PAIR) or rest in info.domains or name == MEAN_OF + AVERAGED
+        if name not in known and not optional:  # what other tasks have, this one may lack
             unknown("rows", name, known)
     averaged = [name for name in averages if keep(MEAN_OF + name) or (name == AVERAGED and "grid" in chosen)]
     kept = [entry for entry in entries if keep(entry.name) or entry.name in averaged]

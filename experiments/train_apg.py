@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 _UNUSED = ("episodes", "envs", "conf_file", "teacher", "evaluate_every", "init")
 """Settings of agents that learn from transitions."""
+_READ = {"problems", "action", "fields", "surface", "reward", "episode_steps"}
+"""Settings of the surrogate that are read, or come with `--surrogate problems`."""
 DECISIONS = 20
 """Of a run under the policy, whatever its number of steps."""
 LEAST_STEPS = 4
@@ -43,6 +45,12 @@ def check_apg(config: "TrainConfig") -> None:
                 f"{name}={getattr(config, name)}: must be left out with apg; its settings are those of `ApgConfig`: "
                 f"--agent '{{\"iterations\": 4000}}'"
             )
+    if config.resume:
+        raise ConfigError("resume=True: must be left out with apg: an interrupted run starts again, to the same result")
+    if config.seed < 0:
+        raise ConfigError(f"seed={config.seed}: must be at least 0")
+    if ignored := sorted(config.env_kwargs().keys() - _READ):
+        raise ConfigError(f"surrogate.{ignored[0]}: means nothing to apg; it reads problems, action and fields")
     settings_of_apg(config)
 
 

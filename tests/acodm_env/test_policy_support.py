@@ -46,8 +46,8 @@ def test_outside_of_it_the_nearest_rule_does_and_it_is_said_once():
     stats = played(toy(), mixer)
     played(toy(), mixer)
     assert said == [
-        "generalist: outside of the policy's training support: 4 domains and targets, it learned with 5 to 8; "
-        "10 decisions, it learned with 20 to 40; target-share 0.7 drives instead"
+        "generalist: outside of the policy's training support: 4 domains and targets, it is meant for 5 to 8; "
+        "10 decisions, it is meant for 20 to 40; target-share 0.7 drives instead"
     ]
     assert mixer.rule == "target-share 0.7"
     for one in stats:

@@ -73,16 +73,16 @@ def test_something_is_left_for_a_target_that_is_not_trained_on():
 
 def test_outside_names_what_is_and_unknown_quantities_decide_nothing():
     support = {"num_rows": [3, 6], "decisions": [10, 40], "steps_per_decision": [2, None], "weather": [0, 1]}
-    assert outside(support, run()) == ["8 domains and targets, it learned with 3 to 6"]
+    assert outside(support, run()) == ["8 domains and targets, it is meant for 3 to 6"]
     assert outside({"num_rows": [3, 8]}, run()) == []
     assert outside({"num_rows": [3, 8]}, run(targets={"elsewhere": 1.0})) == [
-        "9 domains and targets, it learned with 3 to 8"
+        "9 domains and targets, it is meant for 3 to 8"
     ]
-    assert outside({"num_rows": [7, None]}, run(padding=2)) == ["6 domains and targets, it learned with 7 or more"]
+    assert outside({"num_rows": [7, None]}, run(padding=2)) == ["6 domains and targets, it is meant for 7 or more"]
     short = run(horizon=25, decision_every=1)
     assert outside(support | {"num_rows": [3, 24], "decisions": [10, 20]}, short) == [
-        "25 decisions, it learned with 10 to 20",
-        "1 optimiser steps per decision, it learned with 2 or more",
+        "25 decisions, it is meant for 10 to 20",
+        "1 optimiser steps per decision, it is meant for 2 or more",
     ]
     assert outside({}, short) == []
 

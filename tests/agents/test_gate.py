@@ -127,7 +127,7 @@ def test_outside_of_its_training_support_it_is_not_judged_and_the_rule_is_named(
     policy = general(horizon=4, decision_every=1, support={"num_rows": [3, 5]})
     aim = imagined_run(policy, tuple("abcdef"), 9.0, objective={"a": 1.0})
     checks = {check.name: check for check in judge(policy, SURFACE, seeds=1, run=aim)}
-    assert "6 domains and targets, it learned with 3 to 5; a fixed rule drives instead" in checks["fits"].explanation
+    assert "6 domains and targets, it is meant for 3 to 5; a fixed rule drives instead" in checks["fits"].explanation
     assert checks["fits"].verdict == PASSED
     assert checks["surrogate value"].verdict == NOT_CHECKED
     assert "outside of its training support" in checks["surrogate value"].explanation

@@ -3,6 +3,7 @@
 import json
 import signal
 
+import numpy as np
 import pytest
 from general_policy import general
 
@@ -124,6 +125,11 @@ def test_transfer_applies_the_verdict(verdict, mixer, decided, policy, tiny_corp
     requested = [json.loads(line)["requested"] for line in (out / "stats.jsonl").read_text().splitlines()]
     spread = max(max(one) - min(one) for one in requested)
     assert (spread < 1e-5) == (verdict == "uniform")
+    if verdict == "halve":  # the logarithms of the first decision's weights are half of the whole policy's
+        whole = ["--policy", policy, "--certificate", decided("keep"), "--corpus", tiny_corpus, *AIM]
+        assert acodm("transfer", *whole, "--out", tmp_path / "whole", *TARGET) == 0
+        kept = json.loads((tmp_path / "whole" / "stats.jsonl").read_text().splitlines()[0])["requested"]
+        np.testing.assert_allclose(requested[0], np.sqrt(kept) / np.sqrt(kept).sum(), atol=3e-6)
     assert acodm("transfer", *asked, *TARGET, "--quiet") == 0  # finished: it is told again
     assert acodm("transfer", *asked[:2], *asked[4:], *TARGET) == 2
     assert "already holds another run (certificate=" in capsys.readouterr().err

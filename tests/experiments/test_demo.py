@@ -3,7 +3,6 @@ import math
 
 import pytest
 
-from acodm_env.errors import ConfigError
 from acodm_env.experiments import cli
 from acodm_env.experiments.demo import ROWS, DemoConfig, problem, summary
 
@@ -72,9 +71,21 @@ def test_the_problem_of_any_corpus_is_its_smallest_domain(tiny_corpus, tiny_stor
     assert task.cut == {}
 
 
-def test_a_target_that_is_not_there(tiny_corpus):
-    with pytest.raises(ConfigError, match="did you mean 'verbs'"):
-        problem(DemoConfig(corpus=str(tiny_corpus), targets="verb"))
+def test_what_does_not_fit_is_refused_before_the_folder_is_claimed(tiny_corpus, tmp_path, capsys):
+    assert demo("--corpus", tiny_corpus, "--targets", "verb", "--out", tmp_path / "demo") == 2
+    assert "did you mean 'verbs'" in capsys.readouterr().err
+    assert demo("--corpus", tiny_corpus, "--objective", "los", "--out", tmp_path / "demo") == 2
+    assert "did you mean 'loss'" in capsys.readouterr().err
+    assert not (tmp_path / "demo").exists()
+
+
+def test_rows_with_the_same_mixture_are_one_run(tiny_corpus, tmp_path):
+    """Where all domains count alike, every share is uniform."""
+    out = tmp_path / "demo"
+    assert demo("--corpus", tiny_corpus, "--targets", "verbs,letters,numbers", "--out", out, "--quiet") == 0
+    mixers = json.loads((out / "result.json").read_text())["mixers"]
+    assert mixers["share-0.5"]["objective_nats"] == mixers["uniform"]["objective_nats"]
+    assert not (out / "runs" / "cells" / "cosine" / "share-0.5").exists()
 
 
 def test_folder_of_something_else_is_refused(tiny_corpus, tmp_path, capsys):

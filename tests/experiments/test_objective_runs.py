@@ -193,7 +193,7 @@ def test_outside_of_its_support_a_rule_drives_and_the_result_says_which(policies
     run = ["transfer", "--policy", policies["narrow"], "--corpus", tiny_corpus, *TARGET, *aim, "--out", tmp_path]
     assert acodm(*run) == 0
     said = capsys.readouterr().err
-    assert said.count("3 domains and targets, it learned with 4 to 24; target-share 1 drives instead") == 1
+    assert said.count("3 domains and targets, it is meant for 4 to 24; target-share 1 drives instead") == 1
     result = read(tmp_path)
     assert result["in_force"] == "target-share 1"
     assert result["accounting"]["measurement_tokens"] == 0

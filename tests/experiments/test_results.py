@@ -43,34 +43,6 @@ def test_mean_perplexity_is_the_mean_of_exponentials():
     assert results.mean_perplexity(np.log([[2.0, 8.0]])) == pytest.approx(5.0)
 
 
-def result(loss, **domains):
-    return {
-        "mean_loss_nats": loss,
-        "mean_perplexity": 1.0,
-        "domain_loss_nats": domains,
-        "steps_to_reference_ratio": None,
-        "seconds_per_step": 0.1,
-    }
-
-
-def test_verdicts_say_plainly_who_loses():
-    lines = results.verdicts(
-        {
-            "policy": result(2.0, a=2.0, b=2.0, c=2.0),
-            "uniform": result(1.0, a=1.0, b=1.01, c=0.99),
-            "policy-untrained": result(2.0, a=2.2, b=1.8, c=2.0),
-            "worse": result(3.0, a=3.0, b=3.01, c=2.99),
-            "gone": result(None, a=None, b=1.0, c=1.0),
-        }
-    )
-    assert "LOSES to uniform" in lines[0]
-    assert "cannot be told apart from policy-untrained" in lines[1]
-    assert "beats worse" in lines[2]
-    assert "diverged" in lines[3]
-    assert lines[4] == "Of 5 runs policy comes number 2 by mean loss and number 1 by mean perplexity."
-    assert results.table({"gone": result(None, a=None)}, "uniform").count("diverged") == 1
-
-
 def test_picture_shows_every_run(tmp_path):
     runs = {name: finished(tmp_path / name, name=name) for name in ("uniform", "odm-released")}
     results.draw(runs, tmp_path / "report.png", "toy")
