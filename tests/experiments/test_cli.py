@@ -141,7 +141,7 @@ BAD = [
     (["transfer", "--mixer", "unifrom"], "did you mean 'uniform'"),
     (["transfer"], "give exactly one of them"),
     (["transfer", "--mixer", "static"], "needs weights"),
-    (["transfer", "--mixer", "static", "--weights", "a=x"], "weights.a=x: must be a finite number"),
+    (["transfer", "--mixer", "static", "--weights", "a=x"], "weights.a=x: must be a finite weight"),
     (["transfer", "--mixer", "static", "--weights", "wrong=1"], "weights.<domain>='wrong'"),
     (["transfer", "--mixer", "uniform", "--target", "smal"], "did you mean 'small'"),
     (["transfer", "--mixer", "uniform", "--stepps", "3"], "did you mean --steps"),

@@ -172,7 +172,10 @@ def test_runs_and_model_folders_and_their_names(tmp_path):
         (lambda path: None, "a run of acodm transfer or cotrain"),
         (lambda path: write_json(path / "model" / "config.json", {}), "give .*run/model"),
         (lambda path: fake_run(path, model=False), "the run has not ended; give its command again"),
-        (lambda path: fake_run(path, model=False, objective=[1]), "a benchmark's runs keep none"),
+        (
+            lambda path: write_json(path / "config.json", {"config": {"mixer": "odm", "objective": [1]}, "versions": {}}),
+            "a benchmark's runs keep none",
+        ),
         (lambda path: write_json(path / "config.json", {"config": {"algo": "td3"}, "versions": {}}), "another command"),
     ],
 )

@@ -64,7 +64,8 @@ def test_the_shipped_surface_is_what_the_command_writes(regmix):
     ):
         assert getattr(shipped, name) == getattr(regmix, name), name
     weights = np.random.default_rng(0).dirichlet(np.ones(17), 200)
-    assert shipped.law.predict(weights) == pytest.approx(regmix.law.predict(weights), abs=0.05)
+    # the fit is flat in places: another processor ends elsewhere in a corner by some hundredths of a nat
+    assert shipped.law.predict(weights) == pytest.approx(regmix.law.predict(weights), abs=0.1)
     assert np.abs(shipped.law.predict(weights) - regmix.law.predict(weights)).mean() < 0.005
     one_target = 2 / 13  # whether a domain helps a target more than average turns on a sign
     assert shipped.forgetting == pytest.approx(regmix.forgetting, abs=2 * one_target)
@@ -271,9 +272,9 @@ def test_the_command_says_what_is_wrong_in_one_line(tables, tmp_path, capsys):
     cases = [
         (good[:4] + good[6:], "initial_loss, vocabulary: give exactly one of them"),
         (good[:2] + good[4:], "losses=None: must be a CSV file"),
-        (good[4:], "mixtures, from_run: give exactly one of them"),
-        ([*good, "--from-run", tmp_path], "mixtures, from_run: give exactly one of them"),
-        ([*good, "--held-out", tmp_path], "only --from-run takes it"),
+        (good[4:], "mixtures, from_run, problems: give exactly one of them"),
+        ([*good, "--from-run", tmp_path], "mixtures, from_run, problems: give exactly one of them"),
+        ([*good, "--held-out", tmp_path], "only --from-run and --problems take it"),
         (["--from-run", tmp_path, "--forgetting", 1], "only tables take it"),
         ([*good, "--forgetting", -1], "forgetting=-1.0: must be a factor of at least 0"),
         ([*good, "--run-tokens", 0], "run_tokens=0.0: must be a number of at least 1"),
