@@ -267,7 +267,7 @@ class Observer:
             info: the run.
             mask: (…, K) 1 for a domain, 0 for padding; by default as `info.padding` says.
             problem: what differs from run to run of a batch, of `View`: weights, perplexity, sizes, trainable,
-                affinity.
+                affinity, leverage.
         """
         num_domains = info.num_domains
         self.info = info
@@ -290,7 +290,7 @@ class Observer:
             self.mask,
             problem or {},
             dtype=self._dtype,
-            affinity=any(field.name == "affinity" for field in self.fields),
+            affinity=any(field.name in ("affinity", "leverage") for field in self.fields),
         )
         return self._vector()
 

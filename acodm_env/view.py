@@ -20,10 +20,13 @@ _LEAST = 0.05  # uniform shares, likewise
 
 
 class Affinity(Protocol):
-    """Affinities of domains to targets, computed when asked for; see `acodm_env.corpus.affinity`."""
+    """What is known of domains and targets before the run, computed when asked for; see `acodm_env.corpus.affinity`."""
 
     def matrix(self) -> Any:
-        """(M, K) from −2 to 2."""
+        """(M, K) from −2 to 2: how near each domain lies to each target."""
+
+    def leverage(self) -> Any:
+        """(K,) nats that each domain's own loss is likely to fall per e-fold of its share."""
 
 
 @dataclass(kw_only=True)
@@ -52,6 +55,8 @@ class View:
     """1 for a domain that can be trained on, else 0."""
     affinity: Any
     """Σ_m ω_m a_mj: how near the row lies to the targets, −2 to 2 (`corpus.affinity`); 0 for a mere target."""
+    leverage: Any
+    """−∂L/∂ln(share) of each domain by counts of token pairs, nats (`corpus.affinity`); 0 where unknown."""
     present: Any
     """1 for a row, 0 for padding."""
     progress: Any
@@ -154,6 +159,12 @@ PER_ROW: dict[str, tuple[str, float, float, Formula]] = {
         -2.0,
         2.0,
         lambda v, xp: v.affinity,
+    ),
+    "leverage": (
+        "nats that its loss is to fall per e-fold of its share, by counts of token pairs, five times",
+        0.0,
+        4.0,
+        lambda v, xp: xp.clip(5 * v.leverage, 0.0, 4.0),
     ),
     "trainable": ("1 where it can be trained on, 0 for a mere target", 0.0, 1.0, lambda v, xp: v.trainable),
 }

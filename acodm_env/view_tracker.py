@@ -22,9 +22,9 @@ class ViewTracker:
         Args:
             info: the run.
             mask: (…, K) 1 for a domain, 0 for padding.
-            problem: what differs from run to run of a batch: weights, perplexity, sizes, trainable, affinity.
+            problem: what differs from run to run of a batch: weights, perplexity, sizes, trainable, affinity, leverage.
             dtype: of all arrays.
-            affinity: whether somebody looks at the affinities, which take seconds to count.
+            affinity: whether somebody looks at affinities or leverages, which take seconds to count.
         """
         self.info, self.batch, self._dtype = info, mask.shape[:-1], dtype
         self.view: View = self._start(mask, problem, affinity)
@@ -50,8 +50,13 @@ class ViewTracker:
             "perplexity": np.full(1, float(info.metric == "perplexity")),
             "sizes": np.where(present > 0, sizes, 0.0),
             "trainable": trainable,
-            "affinity": self._affinity() if affinity else np.zeros(num_rows),
-        } | dict(problem)
+            "affinity": np.zeros(num_rows),
+            "leverage": np.zeros(num_rows),
+        }
+        if affinity and info.affinity is not None:
+            known["affinity"][:num_domains] = info.objective_weights @ info.affinity.matrix()
+            known["leverage"][:num_domains] = info.affinity.leverage()
+        known |= dict(problem)
         losses = self._full(num_rows, info.initial_loss_nats)
         trainable = np.broadcast_to(known["trainable"], losses.shape)
         return View(
@@ -66,13 +71,6 @@ class ViewTracker:
             progress=self._full(1, 0.0),
             initial=info.initial_loss_nats,
         )
-
-    def _affinity(self) -> Array:
-        """(R,) how near each row lies to the targets, where the run can tell."""
-        values, info = np.zeros(len(self.info.rows)), self.info
-        if info.affinity is not None:
-            values[: info.num_domains] = info.objective_weights @ info.affinity.matrix()
-        return values
 
     def see(self, window: StepStats) -> None:
         """Take the window since the last decision into the view."""

@@ -135,7 +135,7 @@ class ViewActor(nn.Module):
         )
 
 
-STILL = frozenset({"objective_weight", "size", "trainable", "affinity", "perplexity", "num_rows"})
+STILL = frozenset({"objective_weight", "size", "trainable", "affinity", "leverage", "perplexity", "num_rows"})
 """Fields that do not change during a run."""
 
 
@@ -196,6 +196,7 @@ def play(
         sizes=problems.sizes / choices,
         mixture=even,
         affinity=problems.affinity,
+        leverage=problems.leverage,
         trainable=problems.trainable,
         present=problems.present,
         progress=torch.zeros(batch, 1),

@@ -1,11 +1,14 @@
-"""How near domains lie to targets, before anything is trained: what counts of pairs of tokens say of held-out text.
+"""What counts of pairs of tokens say of a mixture before anything is trained.
 
-A model of pairs is counted on a sample of each domain's training text and scored on each target's validation text;
-the fewer nats, the more a token of that domain is likely to teach the target. It takes about a second a domain and no
-language model. The pairs are hashed, so that any vocabulary fits.
+Pairs are counted on a sample of each domain's training text and scored on each target's validation text. *Affinity*:
+the fewer nats a target costs under the pairs of one domain, the more a token of that domain is likely to teach it.
+*Leverage*: the nats by which a domain's own loss falls with its share of all counts; what other domains teach as well
+has little. It takes about a second a corpus and no language model. The pairs are hashed, so that any vocabulary fits.
 """
 
+import math
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +25,12 @@ OWN = 2.0
 _BUCKETS = 1 << 20
 _PRIOR = 5.0  # pairs' counts worth of the single tokens' distribution
 _SPREAD = 0.3  # nats: smaller differences are none
+_STEP = 2.0  # a domain's counts times and over so much, for its leverage
 
 
 @dataclass(frozen=True)
 class Affinity:
-    """Affinities of domains to targets, computed when they are first asked for."""
+    """Affinities of domains to targets and leverages, computed when they are first asked for."""
 
     store: TokenStore
     """The domains to train on."""
@@ -37,15 +41,22 @@ class Affinity:
 
     def matrix(self) -> Array:
         """(M, K) from −2 to 2: how much nearer than the other domains each lies to each target; to itself 2."""
+        return self._both()[0]
+
+    def leverage(self) -> Array:
+        """(K,) −∂L/∂ln(share) of every domain by the counts, nats; 0 for one that is no target."""
+        return self._both()[1]
+
+    def _both(self) -> tuple[Array, Array]:
         key = (self.store.fingerprint, self.targets.fingerprint, self.sequence_length)
         if key not in _known:
-            nats = pair_losses(self.store, self.targets, self.sequence_length)
+            counts = PairCounts.count(self.store, self.targets, self.sequence_length)
             own = np.array([[name == target for name in self.store.domains] for target in self.targets.domains])
-            _known[key] = standardised(-nats, own)
+            _known[key] = standardised(-pair_losses(counts), own), leverages(counts, own)
         return _known[key]
 
 
-_known: dict[tuple[str, str, int], Array] = {}
+_known: dict[tuple[str, str, int], tuple[Array, Array]] = {}
 
 
 def standardised(closeness: Array, own: NDArray[np.bool_], least: float = _SPREAD) -> Array:
@@ -64,24 +75,74 @@ def standardised(closeness: Array, own: NDArray[np.bool_], least: float = _SPREA
     return scaled
 
 
-def pair_losses(store: TokenStore, targets: TokenStore, sequence_length: int) -> Array:
+@dataclass(frozen=True)
+class PairCounts:
+    """What each domain's training text says of the held-out tokens of each target: counts where they are needed."""
+
+    pairs: list[Array]
+    """By target: (K, n) how often each domain has the pair that ends in the token."""
+    before: list[Array]
+    """Likewise its first token."""
+    tokens: list[Array]
+    """Likewise the token itself."""
+    totals: Array
+    """(K,) tokens counted."""
+    vocab_size: int
+
+    @classmethod
+    def count(cls, store: TokenStore, targets: TokenStore, sequence_length: int) -> Self:
+        """Count a sample of every domain, and look up the validation text of every target."""
+        numbers = range(len(targets.domains))
+        texts = [_sample(targets, "validation", index, HELD_OUT_TOKENS, sequence_length) for index in numbers]
+        asked = [(_bucket(text[:, :-1], text[:, 1:]), text[:, :-1].ravel(), text[:, 1:].ravel()) for text in texts]
+        found: list[list[list[Array]]] = [[[], [], []] for _ in texts]
+        totals = []
+        for domain in range(len(store.domains)):
+            rows = _sample(store, "train", domain, TOKENS, sequence_length)
+            counted = (
+                np.bincount(_bucket(rows[:, :-1], rows[:, 1:]), minlength=_BUCKETS),
+                np.bincount(rows[:, :-1].ravel(), minlength=store.vocab_size),
+                np.bincount(rows.ravel(), minlength=store.vocab_size),
+            )
+            totals.append(float(rows.size))
+            for target, where in enumerate(asked):
+                for kind in range(3):
+                    found[target][kind].append(counted[kind][where[kind]].astype(np.float64))
+        pairs, before, tokens = ([np.stack(each[kind]) for each in found] for kind in range(3))
+        return cls(pairs, before, tokens, np.array(totals), store.vocab_size)
+
+    def nats(self, target: int, amounts: Array) -> float:
+        """Nats per token of a target under the counts times `amounts` (K,)."""
+        total = amounts @ self.totals + 0.5 * self.vocab_size
+        alone = (amounts @ self.tokens[target] + 0.5) / total
+        likely = (amounts @ self.pairs[target] + _PRIOR * alone) / (amounts @ self.before[target] + _PRIOR)
+        return float(-np.log(np.minimum(likely, 1.0)).mean())
+
+
+def pair_losses(counts: PairCounts) -> Array:
     """(M, K) nats per token of each target's validation text under the pairs of each domain's training text."""
-    length = sequence_length
-    held_out = [_sample(targets, "validation", index, HELD_OUT_TOKENS, length) for index in range(len(targets.domains))]
-    losses = np.empty((len(held_out), len(store.domains)))
-    for domain in range(len(store.domains)):
-        rows = _sample(store, "train", domain, TOKENS, length)
-        single = np.bincount(rows.ravel(), minlength=store.vocab_size).astype(np.float64)
-        pairs = np.bincount(_bucket(rows[:, :-1], rows[:, 1:]), minlength=_BUCKETS).astype(np.float64)
-        first = np.bincount(rows[:, :-1].ravel(), minlength=store.vocab_size).astype(np.float64)
-        base = (single + 0.5) / (single.sum() + 0.5 * store.vocab_size)
-        for target, text in enumerate(held_out):
-            before, after = text[:, :-1], text[:, 1:]
-            alone = base[after].ravel()
-            known = first[before].ravel()
-            likely = (pairs[_bucket(before, after)] + _PRIOR * alone) / (known + _PRIOR)
-            losses[target, domain] = -np.log(np.minimum(likely, 1.0)).mean()
-    return losses
+    alone = np.eye(len(counts.totals))
+    return np.array([[counts.nats(target, one) for one in alone] for target in range(len(counts.pairs))])
+
+
+def leverages(counts: PairCounts, own: NDArray[np.bool_]) -> Array:
+    """(K,) nats that a target loses per e-fold of its own share; 0 for a domain that is no target.
+
+    Every domain counts alike, whatever its size, and all of them together always as much.
+
+    Args:
+        counts: of the corpus.
+        own: (M, K) where the domain is the target.
+    """
+    even = counts.totals.max() / counts.totals
+    values = np.zeros(len(even))
+    for target, domain in np.argwhere(own):
+        nats = []
+        for factor in (_STEP, 1 / _STEP):
+            shares = np.where(np.arange(len(even)) == domain, factor, 1.0)
+            nats.append(counts.nats(target, even * shares * len(even) / shares.sum()))
+        values[domain] = (nats[1] - nats[0]) / (2 * math.log(_STEP))
+    return values
 
 
 def _sample(store: TokenStore, split: str, domain: int, tokens: int, length: int) -> NDArray[np.int64]:

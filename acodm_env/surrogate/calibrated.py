@@ -215,6 +215,7 @@ def rows_of(values: Any, trainable: Any, sizes: Any, offset: float, xp: Any) -> 
         trainable=trainable,
         present=every,
         affinity=0 * every,
+        leverage=0 * every,
         measured=every,
         sizes=sizes * choices,
         transfer=values["transfer"][None],

@@ -112,6 +112,7 @@ class ProblemTrainer:
             "sizes": self._given(self.problems.sizes / self._choices),
             "trainable": self._given(self.problems.trainable),
             "affinity": self._given(self.problems.affinity),
+            "leverage": self._given(self.problems.leverage),
         }
         """What the runs differ in, for `Observer.start`; sizes are fractions of the run."""
         self.info = self._describe()

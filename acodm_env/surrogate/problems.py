@@ -45,6 +45,8 @@ class Problems:
     """1 for a domain, 0 for padding."""
     affinity: Any
     """Σ_m ω_m a_mj: what counts of token pairs would say of how near it lies to the targets (`corpus.affinity`)."""
+    leverage: Any
+    """What counts of token pairs would say of −∂L/∂ln(share) of each domain's own text, nats; 0 for a mere target."""
     measured: Any
     """1 where held-out losses are shown; else training losses."""
     sizes: Any
@@ -132,9 +134,11 @@ def losses(problems: Problems, drawn: Any, recent: Any, progress: Any, xp: Any) 
 
 RANGES = (
     *("exponents", "slopes", "sizes", "repetition", "overfit", "overfit_passes", "overfit_power"),
-    *("recency", "favour", "memory", "fall", "blur", "noise"),
+    *("recency", "favour", "memory", "fall", "blur", "counted", "noise"),
 )
 """Settings of `ProblemFamily` that are (smallest, largest)."""
+PARTS = ("transfer", "background", "ample", "junk", "counted_spread", "perplexity", "untrained", "excluded")
+"""Settings between 0 and 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,8 +151,8 @@ class ProblemFamily:
     """Fewest and most decisions of a run."""
     transfer: float = 0.35
     """Largest T between two like domains."""
-    background: float = 0.04
-    """Largest T between any two."""
+    background: float = 0.12
+    """Largest T between any two: uniform up to a part of it that each target has of its own."""
     exponents: tuple[float, float] = (0.15, 0.7)
     """β."""
     slopes: tuple[float, float] = (0.08, 0.8)
@@ -176,6 +180,10 @@ class ProblemFamily:
     """Nats by the learning rate's fall."""
     blur: tuple[float, float] = (0.3, 1.5)
     """Noise of the affinities, in standard deviations of ln T over domains."""
+    counted: tuple[float, float] = (0.4, 0.7)
+    """What counts of pairs say of a domain's leverage, as a share of what it is: of all domains of a run alike."""
+    counted_spread: float = 0.2
+    """Standard deviation of its logarithm over the domains of a run."""
     noise: tuple[float, float] = (0.1, 0.8)
     """Standard deviation of one sequence's loss, nats."""
     probe_sequences: int = 28
@@ -203,7 +211,7 @@ class ProblemFamily:
             least = -math.inf if name == "favour" else 0.0
             if len(pair) != 2 or not (least <= pair[0] <= pair[1] < math.inf):
                 raise ConfigError(f"{name}={pair}: must be (smallest, largest), finite, 0 or more")
-        for name in ("ample", "junk", "perplexity", "untrained", "excluded", "transfer", "background"):
+        for name in PARTS:
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be between 0 and 1")
         object.__setattr__(self, "objectives", tuple(float(x) for x in self.objectives))
@@ -254,6 +262,7 @@ class ProblemFamily:
             fall=between("fall", 1),
             noise=between("noise", 1) / np.sqrt(sequences),
             affinity=self._affinity(rng, law["transfer"], weights, trainable, present),
+            leverage=self._leverage(rng, law, trainable),
             **law,
         )
 
@@ -273,6 +282,14 @@ class ProblemFamily:
         shown: Array = np.einsum("bm,bmj->bj", weights, blurred) * present
         return shown
 
+    def _leverage(self, rng: np.random.Generator, law: dict[str, Array], trainable: Array) -> Array:
+        """(B, K) as text would show it: the slope at uniform amounts, smaller by a factor of the run, blurred."""
+        batch, width = trainable.shape
+        slopes = law["gains"] * law["exponents"] / law["even"]
+        blur = np.exp(self.counted_spread * rng.standard_normal((batch, width)))
+        shown: Array = slopes * rng.uniform(*self.counted, (batch, 1)) * blur * trainable
+        return shown
+
     def _law(self, rng: np.random.Generator, present: Array, trainable: Array) -> dict[str, Array]:
         batch, width = present.shape
 
@@ -284,7 +301,8 @@ class ProblemFamily:
         sizes = np.where(uniform(0, 1, width) < self.ample, uniform(2.0, 10.0, width), sizes)
         places = rng.standard_normal((batch, width, 3))  # kinds of text
         apart = ((places[:, :, None] - places[:, None]) ** 2).sum(-1)
-        transfer = uniform(0, self.transfer, 1, 1) * np.exp(-apart / 2) + uniform(0, self.background, width, width)
+        common = self.background * uniform(0, 1, width, 1) * uniform(0, 1, width, width)  # some learn from all text
+        transfer = uniform(0, self.transfer, 1, 1) * np.exp(-apart / 2) + common
         transfer[:, np.arange(width), np.arange(width)] = 1.0
         exponents = uniform(*self.exponents, width)
         slopes = np.where(uniform(0, 1, width) < self.junk, uniform(0.0, 0.08, width), uniform(*self.slopes, width))

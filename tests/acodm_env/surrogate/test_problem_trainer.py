@@ -16,7 +16,7 @@ from acodm_env.objective import value
 from acodm_env.observation import Observer
 from acodm_env.surrogate.env import SurrogateEnv
 from acodm_env.surrogate.problem_trainer import ProblemTrainer
-from acodm_env.surrogate.problems import ProblemFamily
+from acodm_env.surrogate.problems import ProblemFamily, losses
 from acodm_env.surrogate.vector import SurrogateVectorEnv
 from acodm_env.view import GENERAL_FIELDS, PER_ROW, PER_RUN
 
@@ -210,3 +210,18 @@ def test_resumes_in_the_middle():
         one, two = env.step(action), other.step(action)
         np.testing.assert_array_equal(one[0], two[0])
         assert one[1] == two[1]
+
+
+def test_leverage_is_the_slope_of_a_domains_own_loss():
+    """Without blur, at uniform amounts: by a small step in the data of one domain, before anything repeats."""
+    family = ProblemFamily(num_domains=(5, 5), counted=(1, 1), counted_spread=0, ample=1, recency=(0, 0))
+    problems = replace(family.draw(np.random.default_rng(0), 32), overfit=np.zeros((32, 5)))
+    even = problems.trainable
+    recent = even / even.sum(-1, keepdims=True)
+    for domain in range(5):
+        step = 1e-4 * (np.arange(5) == domain)
+        less, more = (losses(problems, even * np.exp(sign * step), recent, 1.0, np)[0] for sign in (-1, 1))
+        slope = ((less - more) / 2e-4)[:, domain]
+        worth = (problems.transfer @ even[..., None])[..., 0] + problems.start  # what x is there, over x̄
+        scale = (problems.even / worth)[:, domain] ** (1 + problems.exponents[:, domain])
+        np.testing.assert_allclose(slope * even[:, domain], problems.leverage[:, domain] * scale, rtol=1e-3, atol=1e-6)
