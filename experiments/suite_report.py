@@ -12,6 +12,7 @@ from acodm_env.experiments.comparison import load
 from acodm_env.experiments.console import note, say, text_table
 from acodm_env.experiments.plan import Plan
 from acodm_env.experiments.statistics import Interval, mean_interval
+from acodm_env.experiments.suite_certificate import told
 from acodm_env.experiments.suite_page import Table, write_page
 from acodm_env.experiments.suite_regret import BEST, LEAST_GAIN, UNIFORM, Outcome, outcome_of
 from acodm_env.experiments.suite_standing import (
@@ -154,13 +155,15 @@ def _place(each: Standing) -> tuple[int, float]:
 
 
 def sentences(outcomes: Sequence[Outcome]) -> list[str]:
-    """Policies against the best fixed rule, uniform, bandits and their controls; then what diverged."""
+    """Policies against the best fixed rule, uniform, bandits, their controls; certificates; then what diverged."""
     names, rule = rows_of(outcomes), best_rule(outcomes)
     lines = []
     if rule is not None:
         lines.append(f"best single fixed rule: {rule.row}, mean regret {interval(rule.regret, '.3f')}")
         for row in policies_of(names):
             lines += [_against(outcomes, row, other) for other in opponents(names, row, rule.row)]
+    for row in policies_of(names):
+        lines += told(outcomes, row)
     for one in outcomes:
         lines += [f"{one.task.name}: {number} seeds of {row} diverged" for row, number in one.diverged.items()]
         lines += [f"{one.task.name}: {', '.join(one.partial)} lack seeds and cannot be best"] if one.partial else []
