@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from acodm_env.corpus.affinity import Affinity
 from acodm_env.corpus.loader import Loader
 from acodm_env.corpus.sampler import Batch, MixtureSampler
 from acodm_env.corpus.tokens import TokenStore
@@ -82,6 +83,7 @@ class MixedData:
             lag=prefetch,
             corpus_fingerprint=store.fingerprint,
             seed=seed,
+            affinity=Affinity(store, store, sequence_length),
         )
         if mixer.preparation(self.info):
             raise ConfigError(

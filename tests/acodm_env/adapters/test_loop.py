@@ -10,6 +10,7 @@ import torch
 
 from acodm_env.adapters.loop import MixedData
 from acodm_env.agents.baselines import make_mixer
+from acodm_env.corpus.affinity import Affinity
 from acodm_env.corpus.loader import Loader
 from acodm_env.corpus.sampler import MixtureSampler
 from acodm_env.errors import ConfigError, DataError
@@ -215,3 +216,11 @@ def test_draws_are_the_samplers(tiny_store):
     )
     for _ in range(5):
         assert (data.draw().tokens == sampler.draw(np.full(3, 1 / 3)).tokens).all()
+
+
+def test_what_the_text_tells_before_the_run_is_there(tiny_store):
+    """Affinities and leverages, for a policy that reads them, are those of any other run on the corpus."""
+    given = MixedData(tiny_store, make_mixer("uniform"), **SETTINGS).info.affinity
+    known = Affinity(tiny_store, tiny_store, 32)
+    np.testing.assert_allclose(given.leverage(), known.leverage())
+    np.testing.assert_allclose(given.matrix(), known.matrix())
