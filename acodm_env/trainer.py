@@ -60,7 +60,7 @@ class RunInfo:
     metric: str = "loss"
     """What the objective averages: "loss", or "perplexity" (its logarithm), see `acodm_env.objective`."""
     affinity: Affinity | None = field(default=None, compare=False)
-    """How near the domains lie to the targets, where there is text."""
+    """What counts of token pairs tell of domains and targets, where there is text."""
     flops_per_token: float = 0.0
     """Model FLOPs of training on one token, forward and backward; a third of it is the forward pass."""
     eval_tokens: int = 0

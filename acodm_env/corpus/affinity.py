@@ -126,7 +126,7 @@ def pair_losses(counts: PairCounts) -> Array:
 
 
 def leverages(counts: PairCounts, own: NDArray[np.bool_]) -> Array:
-    """(K,) nats that a target loses per e-fold of its own share; 0 for a domain that is no target.
+    """(K,) nats by which a target's loss falls per e-fold of its own share; 0 for a domain that is no target.
 
     Every domain counts alike, whatever its size, and all of them together always as much.
 
