@@ -18,7 +18,7 @@ from acodm_env.surrogate.vector import SurrogateVectorEnv
 
 from .export import to_policy
 from .hyperparameters import PROBLEMS, SURROGATE, AgentRecipe, settings_for
-from .initial import begin_with, frozen_actor, hidden_of, require_equivariant, warm_up_critic
+from .initial import begin_with, frozen_actor, require_equivariant, settings_to_begin, warm_up_critic
 from .sb3 import build_agent, normalised
 from .vector import ArrayVecEnv
 
@@ -96,7 +96,7 @@ def learn(
         env: settings of `SurrogateConfig`, under those of the contender.
         seed: of everything; seeds the global generators of python, numpy and torch, from which SB3 draws.
         seconds: CPU time of this process to learn for, instead of timesteps; learning rates given as lin_… fall by it.
-        init: policy to begin with (see `initial`); the critic is warmed up under it for a twentieth of the budget.
+        init: policy to begin with (see `initial`); the critic is warmed up under it first.
 
     Raises:
         ConfigError: an unknown algorithm or setting.
@@ -107,10 +107,11 @@ def learn(
     section = SURROGATE if settings.get("problems") is None else PROBLEMS
     hyper = settings_for(contender.algo, section, recipe)
     if section == PROBLEMS:
-        settings = {"copies": hyper.get("env_kwargs", {}).get("copies", 1), **settings}
+        settings = {**hyper.get("env_kwargs", {}), **settings}
     if init is not None:
         require_equivariant(init)
-        hyper = hyper | {"policy_kwargs": hyper["policy_kwargs"] | {"net_arch": hidden_of(init)}}
+        settings["steps_per_action"] = init.decision_every
+        hyper = settings_to_begin(hyper, init)
     core = SurrogateVectorEnv(int(hyper.get("n_envs", 1)), **settings)
     venv = normalised(ArrayVecEnv(core), hyper)
     agent = build_agent(contender.algo, venv, hyper, seed=seed)
@@ -123,7 +124,8 @@ def learn(
         from .teacher import warm_up
 
         warm_up(agent, contender.teacher, decisions=contender.teacher_decisions, options=contender.teacher_options)
-    _spend(agent, int(contender.timesteps * int(hyper["n_timesteps"])), seconds, warm=init is not None)
+    warm = 0.0 if init is None else WARM_UP
+    _spend(agent, int(contender.timesteps * int(hyper["n_timesteps"])), seconds, warm)
     spent = time.perf_counter() - started
     provenance = {"algo": contender.algo, "seed": seed, "timesteps": agent.num_timesteps, "env": dict(settings)}
     policy = to_policy(agent, venv, shape, provenance)
@@ -133,19 +135,18 @@ def learn(
     return Learned(policy, untrained, agent.num_timesteps, spent)
 
 
-def _spend(agent: BaseAlgorithm, timesteps: int, seconds: float | None, *, warm: bool) -> None:
-    """Learn for the budget; if `warm`, for a twentieth of it with the critic alone."""
+def _spend(agent: BaseAlgorithm, timesteps: int, seconds: float | None, warm: float) -> None:
+    """Learn for the budget; for a share `warm` of it with the critic alone."""
     if seconds is None:
-        if warm:
-            warm_up_critic(agent, timesteps // 20)
-            timesteps -= timesteps // 20
-        agent.learn(timesteps, reset_num_timesteps=not warm)
+        warm_up_critic(agent, int(warm * timesteps))
+        agent.learn(timesteps - int(warm * timesteps), reset_num_timesteps=warm == 0)
         return
-    if warm:
+    if warm > 0:
         with frozen_actor(agent):
-            agent.learn(_ENDLESS, callback=_Clock(seconds / 20))
-        seconds *= 0.95
-    agent.learn(_ENDLESS, callback=_Clock(seconds), reset_num_timesteps=not warm)
+            agent.learn(_ENDLESS, callback=_Clock(warm * seconds))
+    agent.learn(_ENDLESS, callback=_Clock((1 - warm) * seconds), reset_num_timesteps=warm == 0)
 
 
+WARM_UP = 0.2
+"""Share of the budget in which the critic alone learns, where learning begins with a policy."""
 _ENDLESS = 10**12

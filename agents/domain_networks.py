@@ -90,12 +90,9 @@ class LocalNetwork(nn.Module):
         units: Sequence[int],
         activation: type[nn.Module],
         outputs: int = -1,
-        layer_norm: bool = False,
     ):
         super().__init__()
-        norms: list[type[nn.Module]] = [nn.LayerNorm] if layer_norm else []
-        layers = create_mlp(local + context, outputs, list(units), activation, post_linear_modules=norms)
-        self.layers = nn.Sequential(*layers)
+        self.layers = nn.Sequential(*create_mlp(local + context, outputs, list(units), activation))
 
     def forward(self, local: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         """(B, K, L), (B, C) → (B, K, O); what the context adds to the first layer is computed once for all domains."""
@@ -131,48 +128,6 @@ class DomainActor(nn.Module):
         return nn.functional.pad(centred, (0, self.view.num_domains - view.num_domains), value=-torch.inf)
 
 
-class DomainHeadsCritic(nn.Module):
-    """Value (B, 1) of observation and action (B, D + K): a head per domain, with the same weights, and their sum.
-
-    An objective is a sum over domains, and what is chosen for one moves the others through the softmax: every head
-    sees its domain's share of the mixture that the action map makes, in logarithms, and what all domains are like.
-    """
-
-    def __init__(
-        self,
-        view: ObservationView,
-        units: Sequence[int],
-        activation: type[nn.Module],
-        scale: float,
-        layer_norm: bool = False,
-    ):
-        super().__init__()
-        self.view, self.scale = view, scale
-        local, context = num_features(view.fields, view.scalings)
-        self.encoder = LocalNetwork(local + 2, context, units, activation, layer_norm=layer_norm)
-        self.head = LocalNetwork(units[-1], 2 * units[-1] + context, units[-1:], activation, 1, layer_norm)
-
-    def forward(self, observation_and_action: torch.Tensor) -> torch.Tensor:
-        """(B, 1)."""
-        action = observation_and_action[:, -self.view.num_domains :]
-        observation, view = self.view.trimmed(observation_and_action[:, : -self.view.num_domains])
-        local, context, present = view.read(observation)
-        choices = view.choices(observation)
-        action = action[:, : view.num_domains].masked_fill(~choices, 0.0)
-        shares = torch.softmax((self.scale * action).masked_fill(~choices, -torch.inf), 1)
-        even = torch.log(shares * choices.sum(1, keepdim=True) + _LEAST_SHARE)
-        hidden = self.encoder(torch.cat([local, torch.stack([action, even], -1)], -1), context)
-        largest = hidden.masked_fill(~present.unsqueeze(-1), -torch.inf).amax(1)
-        pooled = torch.cat([mean_over(hidden, present).squeeze(1), largest, context], 1)
-        heads = self.head(hidden, pooled).squeeze(-1).masked_fill(~present, 0.0)  # (B, K)
-        total: torch.Tensor = heads.sum(1, keepdim=True)
-        return total
-
-
-_LEAST_SHARE = 0.05
-"""Of an even share: keeps the logarithm of a share finite."""
-
-
 class DomainValue(nn.Module):
     """Value (B, 1) of observations (B, D): a mean and a maximum over domains, so that K may change."""
 
@@ -191,6 +146,18 @@ class DomainValue(nn.Module):
         largest = hidden.masked_fill(~present.unsqueeze(-1), -torch.inf).amax(1)
         value: torch.Tensor = self.head(torch.cat([mean_over(hidden, present).squeeze(1), largest, context], 1))
         return value
+
+
+class ConstantValue(nn.Module):
+    """One value (B, 1) for all observations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.zeros(1))
+
+    def forward(self, observation: torch.Tensor) -> torch.Tensor:
+        """(B, 1)."""
+        return self.value + observation.new_zeros(len(observation), 1)
 
 
 class DomainCritic(nn.Module):

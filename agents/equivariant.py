@@ -13,6 +13,7 @@ networks compute is written in `acodm_env.equivariant`, which runs the exported 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from gymnasium import spaces
 from stable_baselines3 import TD3
 from stable_baselines3.common.noise import NormalActionNoise
@@ -22,20 +23,16 @@ from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.td3.policies import Actor, TD3Policy
 from torch import nn
 
-from acodm_env.errors import ConfigError, unknown
+from acodm_env.errors import ConfigError
 
 from .domain_networks import (
     DomainActor,
     DomainCritic,
-    DomainHeadsCritic,
     layout_of,
     view_of,
 )
 from .noise import PersistentNoise
 from .penalty import LogitPenalty
-
-CRITICS = ("pooled", "heads")
-"""A value of what all domains are like on average, or one per domain, summed."""
 
 
 class EquivariantTD3Policy(TD3Policy):
@@ -50,9 +47,6 @@ class EquivariantTD3Policy(TD3Policy):
         num_domains: int | None = None,
         net_arch: Sequence[int] = (64, 64),
         logit_penalty: float = 0.0,
-        critic: str = "pooled",
-        critic_norm: bool = False,
-        action_scale: float = 2.0,
         scaling: Mapping[str, Mapping[str, Any]] | None = None,
         **options: Any,
     ):
@@ -66,9 +60,6 @@ class EquivariantTD3Policy(TD3Policy):
             num_domains: K, padding included; by default the size of the action space.
             net_arch: units of φ; ρ and the critic's head have one hidden layer as wide as the last of them.
             logit_penalty: λ of `LogitPenalty` in front of the tanh; 0 with `make_agent`, which adds its own.
-            critic: one of `CRITICS`.
-            critic_norm: whether layers of a critic with heads are normalised.
-            action_scale: c of the environment's action map, for a critic with heads, which sees the mixture.
             scaling: changes to `acodm_env.equivariant.SCALINGS`, by field and setting.
             options: of SB3's `TD3Policy`.
 
@@ -76,17 +67,13 @@ class EquivariantTD3Policy(TD3Policy):
             ConfigError: layout, K or network do not fit the spaces, or a field cannot be read domain by domain.
         """
         self.view = view_of(layout, num_domains, observation_space, action_space, net_arch, scaling)
-        if critic not in CRITICS:
-            unknown("critic", critic, CRITICS)
         self.logit_penalty = logit_penalty
-        self.critic_kind: dict[str, Any] = {"critic": critic, "critic_norm": critic_norm, "action_scale": action_scale}
         self.scaling = scaling
         super().__init__(observation_space, action_space, lr_schedule, list(net_arch), **options)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         own = {"layout": self.view.layout, "num_domains": self.view.num_domains, "scaling": self.scaling}
-        own |= self.critic_kind | {"logit_penalty": self.logit_penalty}
-        return super()._get_constructor_parameters() | own
+        return super()._get_constructor_parameters() | own | {"logit_penalty": self.logit_penalty}
 
     def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> Actor:
         """SB3's actor with the equivariant network in it."""
@@ -101,10 +88,7 @@ class EquivariantTD3Policy(TD3Policy):
         critic = super().make_critic(features_extractor)
         units: Any = self.critic_kwargs["net_arch"]
         for index in range(critic.n_critics):
-            network: nn.Module = DomainCritic(self.view, units, self.activation_fn)
-            if self.critic_kind["critic"] == "heads":
-                norm, scale = self.critic_kind["critic_norm"], self.critic_kind["action_scale"]
-                network = DomainHeadsCritic(self.view, units, self.activation_fn, scale, norm)
+            network = DomainCritic(self.view, units, self.activation_fn)
             setattr(critic, f"qf{index}", network)
             critic.q_networks[index] = network
         return critic.to(self.device)
@@ -115,24 +99,29 @@ class EquivariantTD3(TD3):
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"MlpPolicy": EquivariantTD3Policy}
 
-    def __init__(self, *args: Any, persistence: float = 0.0, **kwargs: Any):
+    def __init__(self, *args: Any, persistence: float = 0.0, actor_rate: float = 1.0, **kwargs: Any):
         """TD3's arguments.
 
         Args:
             args: of TD3.
             persistence: correlation of the exploration noise of successive decisions, in [0, 1]; see `PersistentNoise`.
+            actor_rate: learning rate of the actor over the critic's.
             kwargs: of TD3.
         """
         if not 0 <= persistence <= 1:
             raise ConfigError(f"persistence={persistence}: must be between 0 and 1")
-        self.persistence = persistence
+        if not actor_rate >= 0:
+            raise ConfigError(f"actor_rate={actor_rate}: must be 0 or more")
+        self.persistence, self.actor_rate = persistence, actor_rate
         super().__init__(*args, **kwargs)
 
     def _setup_model(self) -> None:
         self.policy_kwargs = layout_of(self.policy_kwargs, self.env)
-        if self.env is not None and "action_scale" not in self.policy_kwargs:
-            scale = self.env.get_attr("action_map")[0].scale
-            self.policy_kwargs = self.policy_kwargs | {"action_scale": scale}
         super()._setup_model()
         if self.persistence > 0 and isinstance(self.action_noise, NormalActionNoise):
             self.action_noise = PersistentNoise(self.action_noise._sigma, self.persistence, self.n_envs)
+
+    def _update_learning_rate(self, optimizers: list[torch.optim.Optimizer] | torch.optim.Optimizer) -> None:
+        super()._update_learning_rate(optimizers)
+        for group in self.actor.optimizer.param_groups:
+            group["lr"] *= self.actor_rate

@@ -6,11 +6,8 @@ The actor is `equivariant.DomainActor`, exported like that of `EquivariantTD3`. 
 the tanh, so that the likelihood of an action is linear in the logits and a saturated actor finds its way back. Only
 rows that an action can change count in the likelihood: padding and mere targets would add nothing but noise.
 
-Where the mixture in force is a running average of the decisions, independent noise at every decision cancels and the
-return hardly tells good from bad; with `persistence` a deviation lasts: what was left of it is added to the next action
-(an AR(1) process; coloured-noise PPO, arXiv 2312.11091, takes 1/f^β noise). The likelihood is that of what is *new* in
-it. Taking that of the whole deviation, as if it were independent, is wrong: the mixture in force tells of the noise to
-come, and the gradient's estimate is biased. docs/lab-log.md has the few runs there are.
+Noise of successive decisions is independent. Noise that lasts, so that a running average of the decisions does not
+cancel it, learned less: docs/lab-log.md, 2026-11-30.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,9 +25,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, RolloutBufferSampl
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 
-from acodm_env.errors import ConfigError
-
-from .domain_networks import DomainActor, DomainValue, ObservationView, layout_of, view_of
+from .domain_networks import ConstantValue, DomainActor, DomainValue, ObservationView, layout_of, view_of
 
 
 class EquivariantPPOPolicy(ActorCriticPolicy):
@@ -44,8 +39,8 @@ class EquivariantPPOPolicy(ActorCriticPolicy):
         layout: Sequence[tuple[str, int]],
         num_domains: int | None = None,
         net_arch: Sequence[int] = (64, 64),
+        critic_arch: Sequence[int] | None = None,
         log_std_init: float = -0.7,
-        persistence: float = 0.0,
         scaling: Mapping[str, Mapping[str, Any]] | None = None,
         **options: Any,
     ):
@@ -58,20 +53,16 @@ class EquivariantPPOPolicy(ActorCriticPolicy):
             layout: (name, size) of every observation field (`MixtureEnv.observer.layout`).
             num_domains: K, padding included; by default the size of the action space.
             net_arch: units of φ; ρ and the critic's head have one hidden layer as wide as the last of them.
+            critic_arch: units of the critic; None: the actor's. (): one number, where runs are judged by their copies.
             log_std_init: ln of the exploration's standard deviation, in logits; one number for all domains.
-            persistence: what is left of a deviation at the next decision, in [0, 1).
             scaling: changes to `acodm_env.equivariant.SCALINGS`, by field and setting.
             options: of SB3's `ActorCriticPolicy`.
 
         Raises:
             ConfigError: layout, K or network do not fit the spaces, or a field cannot be read domain by domain.
         """
-        if not 0 <= persistence < 1:
-            raise ConfigError(f"persistence={persistence}: must be at least 0 and below 1")
         self.view = view_of(layout, num_domains, observation_space, action_space, net_arch, scaling)
-        self.scaling, self.persistence = scaling, persistence
-        self._carried: torch.Tensor | None = None  # (N, K) what is left of earlier deviations, for the current action
-        self._deviation: torch.Tensor | None = None  # (N, K) of the last action
+        self.scaling, self.critic_arch = scaling, net_arch if critic_arch is None else critic_arch
         super().__init__(
             observation_space, action_space, lr_schedule, list(net_arch), log_std_init=log_std_init, **options
         )
@@ -80,7 +71,8 @@ class EquivariantPPOPolicy(ActorCriticPolicy):
     def _build(self, lr_schedule: Schedule) -> None:
         units: Any = self.net_arch
         self.actor = DomainActor(self.view, units, nn.ReLU)
-        self.critic = DomainValue(self.view, units, nn.ReLU)
+        critic_units = list(self.critic_arch)
+        self.critic = DomainValue(self.view, critic_units, nn.ReLU) if critic_units else ConstantValue()
         self.log_std = nn.Parameter(torch.tensor(float(self.log_std_init)))
         last = self.actor.head.layers[-1]
         assert isinstance(last, nn.Linear)
@@ -92,37 +84,24 @@ class EquivariantPPOPolicy(ActorCriticPolicy):
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         own = {"layout": self.view.layout, "num_domains": self.view.num_domains, "scaling": self.scaling}
-        data = super()._get_constructor_parameters() | own | {"persistence": self.persistence}
+        own["critic_arch"] = self.critic_arch
+        data = super()._get_constructor_parameters() | own
         known = ("observation_space", "action_space", "lr_schedule", "net_arch", "log_std_init", "optimizer_class",
-                 "optimizer_kwargs", *own, "persistence")  # fmt: skip
+                 "optimizer_kwargs", *own)  # fmt: skip
         return {name: data[name] for name in known}
 
     def forward(
         self, obs: torch.Tensor, deterministic: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Logits with new noise (B, K), without what is left of the old; values (B, 1) and log-likelihoods (B,)."""
+        """Logits with noise (B, K), values (B, 1) and log-likelihoods (B,)."""
         logits, choices = self._logits(obs)
-        self._carried, actions = None, logits
-        if not deterministic:
-            actions = logits + self.log_std.exp() * torch.randn_like(logits)
-            self._carry(obs, actions - logits)
+        actions = logits if deterministic else logits + self.log_std.exp() * torch.randn_like(logits)
         return actions, self.critic(obs), self._log_likelihood(actions, logits, choices)
 
     def _logits(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (B, K), −20 for padding, and 1 where an action changes something (B, K)."""
         logits = self.actor(obs)
         return logits.clamp(min=-_FAR), self.view.choices(obs).to(logits.dtype)
-
-    def _carry(self, obs: torch.Tensor, fresh: torch.Tensor) -> None:
-        """Remember what the environments are shown beyond the action."""
-        if self.persistence == 0:
-            return
-        starts = self.view.column(obs, "progress") <= 0  # (B, 1)
-        before = self._deviation
-        if before is None or before.shape != fresh.shape:
-            before = torch.zeros_like(fresh)
-        self._carried = torch.where(starts, 0.0, self.persistence * before)
-        self._deviation = (self._carried + fresh).detach()
 
     def _log_likelihood(self, actions: torch.Tensor, logits: torch.Tensor, choices: torch.Tensor) -> torch.Tensor:
         errors = (actions - logits) / self.log_std.exp()
@@ -155,8 +134,7 @@ class EquivariantPPOPolicy(ActorCriticPolicy):
 
     def unscale_action(self, scaled_action: NDArray[Any]) -> NDArray[Any]:
         """The environment's actions in [−1, 1] of logits."""
-        carried = 0.0 if self._carried is None else self._carried.numpy(force=True)
-        squashed: NDArray[Any] = np.tanh(scaled_action + carried)
+        squashed: NDArray[Any] = np.tanh(scaled_action)
         return squashed
 
 

@@ -29,8 +29,8 @@ Settings = dict[str, Any]
 
 NESTED = ("policy_kwargs", "replay_buffer_kwargs", "normalize")
 """Settings that RL-Zoo writes as "dict(…)"."""
-OURS = ("n_timesteps", "n_envs", "env_kwargs", "normalize", "noise_type", "noise_std")
-"""RL-Zoo's settings that are no argument of the algorithm's constructor."""
+OURS = ("n_timesteps", "n_envs", "env_kwargs", "normalize", "noise_type", "noise_std", "from_policy")
+"""Settings that are no argument of the algorithm's constructor: RL-Zoo's, and `initial.settings_to_begin`'s."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ from .domain_networks import DomainActor
 from .equivariant import EquivariantTD3Policy
 from .equivariant_ppo import EquivariantPPOPolicy
 from .export import domain_actor
+from .hyperparameters import Settings
 from .penalty import LogitPenalty
 
 
@@ -41,6 +42,13 @@ def hidden_of(policy: Policy) -> list[int]:
     """Units of the layers of φ, as `net_arch` has them."""
     assert isinstance(policy, EquivariantPolicy)
     return [len(bias) for _, bias, _ in policy.layers[: policy.encoder]]
+
+
+def settings_to_begin(settings: Settings, policy: Policy) -> Settings:
+    """Hyper-parameters of an agent that begins with the policy: its layers, and what the file has `from_policy`."""
+    kwargs = settings["policy_kwargs"] | {"net_arch": hidden_of(policy)}
+    begun: Settings = settings | {"policy_kwargs": kwargs} | settings.get("from_policy", {})
+    return begun
 
 
 def require_equivariant(policy: Policy) -> None:

@@ -26,7 +26,7 @@ from .baselines import make_mixer
 from .checkpoint import load_checkpoint, load_networks, save_checkpoint
 from .export import to_policy
 from .hyperparameters import SURROGATE, AgentRecipe, settings_for
-from .initial import begin_with, hidden_of, require_equivariant, warm_up_critic
+from .initial import begin_with, require_equivariant, settings_to_begin, warm_up_critic
 from .sb3 import build_agent, decisions_per_episode, env_id_of, normalised, section_of
 from .teacher import warm_up
 
@@ -95,7 +95,7 @@ class Learner:
         settings = settings_for(learning.algo, section_of(self.env), recipe, conf_file)
         self.venv: VecNormalize = normalised(make_many() if make_many else self.env, settings)
         if self._initial is not None:
-            settings = settings | {"policy_kwargs": settings["policy_kwargs"] | {"net_arch": hidden_of(self._initial)}}
+            settings = settings_to_begin(settings, self._initial)
         self.agent: BaseAlgorithm = build_agent(learning.algo, self.venv, settings, seed=learning.seed)
         if self._initial is not None:
             begin_with(self.agent, self._initial)

@@ -110,6 +110,8 @@ def build_agent(name: str, env: VecEnv, settings: Settings, *, seed: int = 0, de
         arguments["learning_rate"] = _schedule(arguments["learning_rate"])
     if issubclass(kind, OnPolicyAlgorithm):
         arguments |= _rollout(settings, decisions_per_episode(env), env.num_envs)
+    elif arguments.get("train_freq") == [1, "episode"] and env.num_envs > 1:
+        arguments["train_freq"] = decisions_per_episode(env)  # SB3 refuses; here all episodes end together
     agent: BaseAlgorithm = kind(policy, env, seed=seed, device=device, **arguments)
     return agent
 

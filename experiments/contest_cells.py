@@ -147,10 +147,11 @@ class Judge:
         names = [name for name, _ in policy.fields]
         action = {"scale": policy.action.scale, "floor": policy.action.floor, "rate": policy.action.rate}
         own = [] if policy.domains else ["mask"]
-        envs = self._environment({"fields": [*names, *own], "action": action})
+        every = policy.decision_every
+        envs = self._environment({"fields": [*names, *own], "action": action, "steps_per_action": every})
         layout = envs.observer.layout if own else ()
         observation = self.first
-        for _ in range(self.config.decisions):
+        for _ in range(-(-self.config.decisions // every)):
             action_taken = policy.act(*split_mask(observation, layout))
             observation, _, _, _, info = envs.step(action_taken)
         return self._score(torch.as_tensor(info["objective"]))

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import VecNormalize
 
 from acodm_env.agents.contender import Contender, learn
-from acodm_env.agents.domain_networks import DomainHeadsCritic
 from acodm_env.agents.equivariant_ppo import EquivariantPPO
 from acodm_env.agents.export import export, to_policy
 from acodm_env.agents.initial import begin_with, environment_for, frozen_actor, hidden_of
@@ -68,24 +68,29 @@ def test_only_what_an_action_can_change_is_likely_or_not():
     assert values.shape == (len(seen), 1)
 
 
-def test_a_deviation_lasts_and_only_its_new_part_is_likely():
-    """Two decisions: what the environment is shown of the second holds `persistence` of the first's deviation."""
-    agent = ppo(8, policy_kwargs={"persistence": 0.75})
-    policy, venv = agent.policy, agent.get_env()
-    first = torch.as_tensor(venv.reset())
-    with torch.no_grad():
-        one, *_ = policy(first)
-        deviation = one - policy._logits(first)[0]
-        np.testing.assert_allclose(policy.unscale_action(one.numpy()), np.tanh(one.numpy()))
-        second = torch.as_tensor(venv.step(policy.unscale_action(one.numpy()))[0])
-        two, _, likelihood = policy(second)
-        shown = np.arctanh(np.clip(policy.unscale_action(two.numpy()), -0.99999, 0.99999))
-        choices = policy.view.choices(second).numpy()
-        near = choices & (np.abs(shown) < 3)
-        np.testing.assert_allclose(shown[near], (two + 0.75 * deviation).numpy()[near], atol=1e-3)
-        torch.testing.assert_close(policy.evaluate_actions(second, two)[1], likelihood)
-        action, _ = agent.predict(second.numpy(), deterministic=True)
-        np.testing.assert_allclose(action, np.tanh(policy._logits(second)[0].numpy()), atol=1e-6)
+def test_without_units_the_critic_is_one_number():
+    agent = ppo(16, policy_kwargs={"critic_arch": []}, copies=4)
+    before = agent.policy.predict_values(observations(agent))
+    assert (before == 0).all()
+    agent.learn(96)
+    after = agent.policy.predict_values(observations(agent))
+    assert after.unique().numel() == 1
+    assert after[0] != 0
+
+
+def test_the_actor_of_td3_can_learn_slower_than_its_critic():
+    agent = make_agent_td3(actor_rate=0.25, learning_rate=0.004)
+    agent.set_logger(configure(None, []))
+    agent._update_learning_rate([agent.actor.optimizer, agent.critic.optimizer])
+    rates = [group["lr"] for part in (agent.actor, agent.critic) for group in part.optimizer.param_groups]
+    assert rates == [0.001, 0.004]
+    with pytest.raises(ConfigError, match="actor_rate=-1: must be 0 or more"):
+        make_agent_td3(actor_rate=-1)
+
+
+def test_td3_learns_after_whole_episodes():
+    agent = make_agent_td3(train_freq=[1, "episode"])
+    assert agent.train_freq.frequency == 6
 
 
 def test_advantages_are_relative_to_runs_on_the_same_problem():
@@ -105,8 +110,7 @@ def test_advantages_are_relative_to_runs_on_the_same_problem():
 def test_exported_policies_fit_other_numbers_of_domains(algo, tmp_path):
     settings = {"n_steps": 40, "policy_kwargs": dict(SMALL)}
     if algo == "equivariant-td3":
-        settings = {"n_steps": 6, "train_freq": 6, "gradient_steps": 2, "batch_size": 16, "buffer_size": 960}
-        settings |= {"policy_kwargs": SMALL | {"critic": "heads", "critic_norm": True}}
+        settings |= {"gradient_steps": 2, "batch_size": 16, "buffer_size": 960}
     contender = Contender(algo=algo, agent={"settings": settings | {"n_envs": 16, "n_timesteps": 200}})
     learned = learn(contender, ENV, seed=0)
     loaded = Policy.load(learned.policy.save(tmp_path / "policy"))
@@ -125,32 +129,12 @@ def test_ppo_is_exported_exactly(tmp_path):
     assert export(policy, tmp_path / "policy", agent, agent.get_env()) <= 1e-5
 
 
-def test_the_critic_with_heads_is_invariant_and_does_not_see_padding():
-    agent = make_agent_td3()
-    critic = agent.critic.q_networks[0]
-    assert isinstance(critic, DomainHeadsCritic)
-    seen = observations(agent)
-    view = agent.policy.view
-    actions = torch.rand(len(seen), 6) * 2 - 1
-    value = critic(torch.cat([seen, actions], 1))
-    choices = view.choices(seen)
-    other = torch.where(choices, actions, -actions)
-    torch.testing.assert_close(critic(torch.cat([seen, other], 1)), value)
-    full = view.counts(seen) == 6
-    order = torch.tensor([3, 1, 5, 0, 2, 4])
-    blocks = [
-        block[:, order] if size == 6 else block
-        for block, (_, size) in zip(seen.split([size for _, size in view.layout], 1), view.layout, strict=True)
-    ]
-    permuted = critic(torch.cat([*blocks, actions[:, order]], 1))
-    torch.testing.assert_close(permuted[full], value[full], atol=1e-5, rtol=1e-4)
-
-
-def make_agent_td3():
+def make_agent_td3(**settings):
     from acodm_env.agents.hyperparameters import AgentRecipe
 
-    kwargs = SMALL | {"critic": "heads", "critic_norm": True}
-    recipe = AgentRecipe(settings={"policy_kwargs": kwargs, "n_envs": 16, "buffer_size": 960, "batch_size": 16})
+    recipe = AgentRecipe(
+        settings={"policy_kwargs": SMALL, "n_envs": 16, "buffer_size": 960, "batch_size": 16} | settings
+    )
     return make_agent(
         "equivariant-td3", normalised(arrays(), {"normalize": {"norm_obs": False, "norm_reward": True}}), recipe
     )
