@@ -3,7 +3,8 @@
 Share of the gain = (uniform − policy)/(uniform − best static mixture), each problem's own objective, mean over problems
 that no learner met; 0 is uniform, 1 the best mixture that stays the same (by descent on the surface). Problems in which
 the best static mixture gains less than `apg.LEAST_GAIN` nats count nothing. Fixed rules stand beside the learners: so
-much on the targets, by their weights, the rest spread evenly.
+much on the targets, by their weights, the rest spread evenly. What a learner made of apg's actor is taken only where it
+is better than that on problems drawn for this choice; the row ", last" has it in any case.
 """
 
 import csv

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 RULES = "fixed rules"
 _UNSEEN = 1_000_003
 """Seeds of unseen problems begin here; those of learning count from 0."""
+_CHOICE = 2_000_003
+"""Seeds of the problems by which a learner that began with a policy is preferred to it, or not."""
 _TRIAL = 40
 """Batches of apg from which its speed is told."""
 SHARES = (0.3, 0.5, 0.7, 1.0)
@@ -52,6 +54,12 @@ class Cell:
         return self.folder / "policies" / f"{self.name.replace(' ', '-')}-{self.seed}"
 
     @property
+    def start(self) -> Path | None:
+        """Where the policy lies that it begins with."""
+        _, _, start = self.name.partition("@")
+        return replace(self, name=start).policy if start else None
+
+    @property
     def done(self) -> bool:
         """Whether there is a result."""
         return self.file.exists()
@@ -76,8 +84,12 @@ def run_cell(config: "ContestConfig", cell: Cell) -> None:
         started = time.process_time()
         policy = _learn(config, cell)
         seconds = time.process_time() - started
-        policy.save(cell.policy)
         rows = {cell.name: judge.policy(policy) | {"seconds": seconds}}
+        if cell.start is not None:
+            rows[f"{cell.name}, last"] = rows[cell.name]
+            policy = _better(config, cell, policy)
+            rows[cell.name] = judge.policy(policy) | {"seconds": seconds}
+        policy.save(cell.policy)
     write_json(cell.file, rows)
 
 
@@ -92,12 +104,19 @@ def _learn(config: "ContestConfig", cell: Cell) -> Policy:
     if config.ablate:
         fields = [name for name in GENERAL_FIELDS if cell.name != f"without {name}"]
         return learn_apg(config, cell.seed, seconds, tuple(fields))
-    algo, _, start = cell.name.partition("@")
+    algo = cell.name.partition("@")[0]
     if algo == "apg":
         return learn_apg(config, cell.seed, seconds)
-    init = Policy.load(replace(cell, name=start).policy) if start else None
+    init = Policy.load(cell.start) if cell.start else None
     env = PROBLEMS_ENV | {"problems": dict(config.problems), "episode_steps": config.decisions}
     return learn(Contender(algo=algo), env, cell.seed, seconds=seconds, init=init).policy
+
+
+def _better(config: "ContestConfig", cell: Cell, last: Policy) -> Policy:
+    """What a learner made of the policy that it began with, or that policy: by problems drawn for this choice."""
+    judge = Judge(config, cell.seed, first=_CHOICE)
+    assert cell.start is not None
+    return max(Policy.load(cell.start), last, key=lambda policy: judge.policy(policy)["share"])
 
 
 def learn_apg(config: "ContestConfig", seed: int, seconds: float, fields: tuple[str, ...] = GENERAL_FIELDS) -> Policy:
@@ -128,8 +147,8 @@ def affordable(family: ProblemFamily, settings: apg.ApgConfig, seconds: float) -
 class Judge:
     """Problems that no learner met, what uniform and the best static mixture reach on them, and what others do."""
 
-    def __init__(self, config: "ContestConfig", seed: int):
-        self.config, self.seed = config, _UNSEEN + seed
+    def __init__(self, config: "ContestConfig", seed: int, first: int = _UNSEEN):
+        self.config, self.seed = config, first + seed
         envs = self._environment({})
         assert isinstance(envs.runs, ProblemTrainer)
         self.problems = envs.runs.problems.tensors()

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,16 +32,37 @@ def test_learners_and_rules_stand_in_one_table_and_are_not_learned_twice(tmp_pat
     with (tmp_path / "run" / "contest.csv").open() as file:
         rows = {row["learner"]: row for row in csv.DictReader(file)}
     rules = {f"target share {share}" for share in ("0.3", "0.5", "0.7", "1")}
-    assert rows.keys() == {"apg", "equivariant-ppo@apg", "uniform", "best static"} | rules
+    begun = {"equivariant-ppo@apg", "equivariant-ppo@apg, last"}
+    assert rows.keys() == {"apg", "uniform", "best static"} | begun | rules
     assert float(rows["uniform"]["share"]) == pytest.approx(0, abs=1e-3)
     assert float(rows["best static"]["share"]) == 1
     assert all(float(row["share"]) < 1.2 for row in rows.values())
     policy = Policy.load(tmp_path / "run" / "policies" / "equivariant-ppo@apg-0")
     assert policy.domains == ()
+    before = "equivariant-ppo@apg, last" if policy.provenance["algo"] == "equivariant-ppo" else "apg"
+    assert rows["equivariant-ppo@apg"]["share"] == rows[before]["share"]  # it or what it began with
     stamps = {file: file.stat().st_mtime_ns for file in (tmp_path / "run" / "cells").iterdir()}
     run(config)
     assert capsys.readouterr().out == printed
     assert stamps == {file: file.stat().st_mtime_ns for file in (tmp_path / "run" / "cells").iterdir()}
+
+
+def test_a_policy_decides_as_often_as_it_learned_to(monkeypatch, small):
+    judge = contest_cells.Judge(ContestConfig(**QUICK | {"decisions": 8}), 0)
+    policy = contest_cells.learn_apg(judge.config, 0, 0.1)
+    asked = []
+    monkeypatch.setattr(type(policy), "act", counting(type(policy).act, asked))
+    judge.policy(policy)
+    judge.policy(replace(policy, decision_every=4))
+    assert len(asked) == 8 + 2
+
+
+def counting(act, asked):
+    def counted(*arguments):
+        asked.append(1)
+        return act(*arguments)
+
+    return counted
 
 
 def test_ablation_leaves_out_a_field_each(tmp_path, capsys, small, monkeypatch):
