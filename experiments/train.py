@@ -192,8 +192,11 @@ class TrainConfig:
         from acodm_env.agents.initial import environment_for
         from acodm_env.policy import open_policy
 
-        settings = environment_for(open_policy(self.init))
-        varies = self.surrogate is not None and {"problems", "family"} & self._given_kwargs().keys()
+        policy = open_policy(self.init)
+        settings, given = environment_for(policy), self._given_kwargs()
+        if self.surrogate is not None and "problems" in given:
+            settings["steps_per_action"] = policy.decision_every  # as often as it was learned to
+        varies = self.surrogate is not None and {"problems", "family"} & given.keys()
         return settings | {"fields": [*settings["fields"], *(["mask"] if varies else [])]}
 
     def _given_kwargs(self) -> dict[str, Any]:

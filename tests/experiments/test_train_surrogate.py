@@ -73,6 +73,14 @@ def test_defaults_are_the_hyper_parameters_of_the_algorithm(tmp_path):
     assert proxy.env_kwargs()["episode_steps"] == 200
 
 
+def test_what_begins_with_a_policy_decides_as_often_as_that():
+    begun = TrainConfig(surrogate="problems", algo="equivariant-td3")
+    assert begun.env_kwargs()["steps_per_action"] == 4
+    begun = TrainConfig(surrogate="problems", algo="equivariant-td3", init="generalist")
+    assert begun.env_kwargs()["steps_per_action"] == 1
+    assert begun.env_kwargs()["fields"][-1] == "mask"
+
+
 def test_surfaces_drawn_anew_in_every_episode(tmp_path):
     """The single environment, which is evaluated on, has no uniform run beside them."""
     settings = {"family": {"num_domains": [3, 4]}, "episode_steps": 4}
