@@ -32,7 +32,7 @@ def acodm(environment, *arguments, **popen):
     )
 
 
-def finish(process, timeout=200):
+def finish(process, timeout=500):
     output, errors = process.communicate(timeout=timeout)
     return process.returncode, output, errors
 
