@@ -96,7 +96,7 @@ def learn(
         env: settings of `SurrogateConfig`, under those of the contender.
         seed: of everything; seeds the global generators of python, numpy and torch, from which SB3 draws.
         seconds: CPU time of this process to learn for, instead of timesteps; learning rates given as lin_… fall by it.
-        init: policy to begin with (see `initial`); the critic is warmed up under it first.
+        init: policy to begin with (see `initial`); for `WARM_UP` of the budget the critic alone learns.
 
     Raises:
         ConfigError: an unknown algorithm or setting.
@@ -110,7 +110,8 @@ def learn(
         settings = {**hyper.get("env_kwargs", {}), **settings}
     if init is not None:
         require_equivariant(init)
-        settings["steps_per_action"] = init.decision_every
+        if section == PROBLEMS:
+            settings["steps_per_action"] = init.decision_every  # as often as it was learned to
         hyper = settings_to_begin(hyper, init)
     core = SurrogateVectorEnv(int(hyper.get("n_envs", 1)), **settings)
     venv = normalised(ArrayVecEnv(core), hyper)
