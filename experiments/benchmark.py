@@ -218,6 +218,7 @@ def plan_rows(
     out: Path,
     averaged: Collection[str] | None = None,
     command: str | None = None,
+    keep: bool = True,
 ) -> Plan:
     """The plan of given rows, see `make_plan`.
 
@@ -227,6 +228,7 @@ def plan_rows(
         out: the benchmark's folder.
         averaged: rows whose time average is run too, with those of an earlier plan; None: as `mean_of` says.
         command: that leads here; None: the one that `config` is.
+        keep: write the plan into the folder, whose later plans have these rows too.
     """
     from acodm_env.experiments.benchmark_settings import shared_settings
     from acodm_env.experiments.cell import lm_trainer, stores
@@ -238,7 +240,8 @@ def plan_rows(
     store, heldout = stores(settings)
     trainer = lm_trainer(settings, store, heldout)
     infos = {entry.name: check(entry, settings, trainer) for entry in entries}
-    RunFolder(out, settings)
+    if keep:
+        RunFolder(out, settings)
     if averaged is not None:
         averaged = {*averaged, *_averaged(earlier)}
     plan = build(
@@ -251,7 +254,8 @@ def plan_rows(
         out=out,
         averaged=averaged if averaged is not None or config.mean_of else (),
     )
-    plan.save(out)
+    if keep:
+        plan.save(out)
     return plan
 
 

@@ -36,7 +36,7 @@ def run(config: BenchmarkConfig) -> int:
     tasks = tasks_of(str(config.suite), config.corpus, config.tasks, config.sequence_length, config.quiet)
     policy = _policy(config)
     if config.plan:
-        plans = [(task.name, plan_task(config, task, policy)[0]) for task in tasks]
+        plans = [(task.name, plan_task(config, task, policy, keep=False)[0]) for task in tasks]
         say(text_table(("task", "cells", "steps"), [_planned(name, plan) for name, plan in plans]))
         return 0
     failed = [run_task(config, task, policy) for task in tasks]
@@ -90,9 +90,9 @@ def _pair(out: Path, plan: Plan, rows: Rows) -> Entry | None:
 
 
 def plan_task(
-    config: BenchmarkConfig, task: Task, policy: Sequence[Entry], added: Entry | None = None
+    config: BenchmarkConfig, task: Task, policy: Sequence[Entry], added: Entry | None = None, *, keep: bool = True
 ) -> tuple[Plan, Rows]:
-    """The task's benchmark, planned, and its rows; `added` is one more."""
+    """The task's benchmark, planned, and its rows; `added` is one more, `keep` writes the plan into its folder."""
     own, out = task_config(config, task), Path(config.out) / task.name
     settings = shared_settings(replace(own, quiet=True))
     info = _info(settings)
@@ -103,8 +103,10 @@ def plan_task(
         same = read_json(out / RECORD)["same"] | same
     _check_policy(out, policy)
     command = shlex.join(command_line(config))
-    plan = plan_rows(own, [entry for entry in entries if entry.name not in same], out, rows.averaged, command)
-    write_json(out / RECORD, {"task": asdict(task), "same": same})
+    different = [entry for entry in entries if entry.name not in same]
+    plan = plan_rows(own, different, out, rows.averaged, command, keep)
+    if keep:
+        write_json(out / RECORD, {"task": asdict(task), "same": same})
     return plan, rows
 
 

@@ -241,3 +241,4 @@ def test_the_plan_alone_runs_nothing(corpus, tmp_path, capsys):
     assert run(config_of(corpus, tmp_path / "s", plan=True, tasks="mean")) == 0
     assert ran == []
     assert "mean" in capsys.readouterr().out
+    assert not (tmp_path / "s").exists()  # else a part that is run later would bring all that was planned
