@@ -11,15 +11,14 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from acodm_env.config import from_dict
 from acodm_env.errors import ConfigError
 from acodm_env.interaction import InteractionConfig
 from acodm_env.mixture import ActionMap, Bounds, Controller
 from acodm_env.objective import value as objective_value
 from acodm_env.observation import Observer
 from acodm_env.reward import Outcome, RewardConfig, compute_terms, objective_weights
-from acodm_env.trainer import Array, StepStats, Trainer, merge, require
-from acodm_env.window import load_window, window_state
+from acodm_env.step_stats import Array, StepStats, load_window, merge, window_state
+from acodm_env.trainer import Trainer, require
 from acodm_env.wrapper import innermost
 
 Observation = NDArray[np.float32]
@@ -332,12 +331,3 @@ def _check_samples(trainer: Trainer, needs: frozenset[str]) -> None:
             f"{info.num_domains} domains and {info.decision_every} steps per action, so that every domain has two "
             f"sequences per decision to estimate its gradient from; raise batch_size or steps_per_action"
         )
-
-
-def parse_reward(reward: str | Mapping[str, Any]) -> RewardConfig:
-    """A reward from a term's name, from {term: weight}, or from `RewardConfig`'s settings (with "terms")."""
-    if isinstance(reward, str):
-        return RewardConfig(terms={reward: 1.0})
-    if "terms" in reward:
-        return from_dict(RewardConfig, reward, "reward")
-    return from_dict(RewardConfig, {"terms": reward}, "reward")

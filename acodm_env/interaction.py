@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from acodm_env.errors import ConfigError
-from acodm_env.trainer import Array, StepStats
+from acodm_env.step_stats import Array, StepStats
 
 
 @dataclass(frozen=True, kw_only=True)

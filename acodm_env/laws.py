@@ -21,7 +21,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from acodm_env.errors import ConfigError, unknown
-from acodm_env.trainer import Array
+from acodm_env.step_stats import Array
 
 HUBER_NATS = 0.02
 """Residual at which the curved laws' loss turns from square to linear (arXiv 2403.16952)."""

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from acodm_env.errors import ConfigError
-from acodm_env.trainer import Array
+from acodm_env.step_stats import Array
 
 _TIE = 1e-9  # sequences; smaller differences are rounding, not remainders
 

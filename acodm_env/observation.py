@@ -13,7 +13,8 @@ from numpy.typing import DTypeLike, NDArray
 
 from acodm_env.errors import unknown
 from acodm_env.interaction import InteractionConfig, InteractionTracker
-from acodm_env.trainer import Array, RunInfo, StepStats
+from acodm_env.step_stats import Array, StepStats
+from acodm_env.trainer import RunInfo
 from acodm_env.view import PER_ROW, PER_RUN, Formula, View
 from acodm_env.view_tracker import ViewTracker
 

@@ -11,23 +11,17 @@ J(α) = Σ α_i r_i is linear in α, so its greedy maximiser is a corner of the 
 a policy inside. The objective is that of *validation* losses (`acodm_env.objective`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from acodm_env.config import from_dict
 from acodm_env.errors import ConfigError, unknown
 from acodm_env.observation import Observer
-from acodm_env.trainer import Array, RunInfo
-
-TERMS: dict[str, frozenset[str]] = {
-    "interaction": frozenset({"gram"}),
-    "alignment": frozenset({"gram"}),
-    "progress": frozenset({"validation"}),
-    "final": frozenset({"validation"}),
-}
-"""Reward terms and what each needs measured."""
+from acodm_env.step_stats import Array
+from acodm_env.trainer import RunInfo
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +53,7 @@ class RewardConfig:
     @property
     def needs(self) -> frozenset[str]:
         """What a trainer must measure for these terms."""
-        return frozenset().union(*(TERMS[name] for name in self.terms))
+        return frozenset().union(*(TERMS[name].needs for name in self.terms))
 
 
 def objective_weights(objective: Mapping[str, float] | None, info: RunInfo) -> Array:
@@ -100,6 +94,45 @@ class Outcome:
     """Objective at the end of the uniform run, nats; 0 if not asked for."""
 
 
+@dataclass(frozen=True)
+class Term:
+    """One reward term; a row of `TERMS` is all that a new one takes."""
+
+    needs: frozenset[str]
+    """What a trainer must measure for it (`trainer.require`)."""
+    value: Callable[[Outcome], Any]
+    """r (…, K) of every domain, or a number of the whole run (…)."""
+    per_domain: bool = False
+    """Whether it is a reward for every domain, of which the scalar is the mean under the mixture."""
+
+
+def _interaction(outcome: Outcome) -> Array:
+    return outcome.observer.tracker.interaction
+
+
+def _alignment(outcome: Outcome) -> Array:
+    tracker = outcome.observer.tracker
+    return tracker.interaction + tracker.self_term
+
+
+def _progress(outcome: Outcome) -> Any:
+    return outcome.objective_before - outcome.objective - outcome.uniform_drop
+
+
+def _final(outcome: Outcome) -> Any:
+    return outcome.uniform_end - outcome.objective if outcome.ended else 0.0
+
+
+GRAM, VALIDATION = frozenset({"gram"}), frozenset({"validation"})
+TERMS = {
+    "interaction": Term(GRAM, _interaction, per_domain=True),
+    "alignment": Term(GRAM, _alignment, per_domain=True),
+    "progress": Term(VALIDATION, _progress),
+    "final": Term(VALIDATION, _final),
+}
+"""Reward terms by name."""
+
+
 def compute_terms(config: RewardConfig, outcome: Outcome) -> tuple[Any, Array, dict[str, Any]]:
     """Scalar reward (…), per-domain rewards r (…, K) and each term's contribution to the scalar.
 
@@ -110,25 +143,19 @@ def compute_terms(config: RewardConfig, outcome: Outcome) -> tuple[Any, Array, d
     if outcome.diverged:
         return -config.divergence_penalty, domain_rewards, parts
     for name, weight in config.terms.items():
-        per_domain = _per_domain(name, outcome)
-        if per_domain is None:
-            parts[name] = weight * _global(name, outcome)
-        else:
-            domain_rewards += weight * per_domain
-            parts[name] = weight * (outcome.weights * per_domain).sum(-1)
+        term = TERMS[name]
+        value = term.value(outcome)
+        if term.per_domain:
+            domain_rewards += weight * value
+            value = (outcome.weights * value).sum(-1)
+        parts[name] = weight * value
     return sum(parts.values()), domain_rewards, parts
 
 
-def _per_domain(name: str, outcome: Outcome) -> Array | None:
-    tracker = outcome.observer.tracker
-    if name == "interaction":
-        return tracker.interaction
-    if name == "alignment":
-        return tracker.interaction + tracker.self_term
-    return None
-
-
-def _global(name: str, outcome: Outcome) -> Any:
-    if name == "final":
-        return outcome.uniform_end - outcome.objective if outcome.ended else 0.0
-    return outcome.objective_before - outcome.objective - outcome.uniform_drop
+def parse_reward(reward: str | Mapping[str, Any]) -> RewardConfig:
+    """A reward from a term's name, from {term: weight}, or from `RewardConfig`'s settings (with "terms")."""
+    if isinstance(reward, str):
+        return RewardConfig(terms={reward: 1.0})
+    if "terms" in reward:
+        return from_dict(RewardConfig, reward, "reward")
+    return from_dict(RewardConfig, {"terms": reward}, "reward")

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from acodm_env.errors import PolicyError
 from acodm_env.objective import describe, parse_targets
-from acodm_env.trainer import Array, RunInfo
+from acodm_env.step_stats import Array
+from acodm_env.trainer import RunInfo
 from acodm_env.view import PER_ROW
 
 SHARES = (1.0, 0.7, 0.5, 0.3)

@@ -13,16 +13,14 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from numpy.typing import NDArray
 
 from acodm_env.errors import ConfigError
 from acodm_env.objective import marginal, probe_counts, value
+from acodm_env.step_stats import Array, StepStats
 from acodm_env.view import Affinity
-
-Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,128 +139,6 @@ class RunResult:
     """(n,) optimiser steps of `losses`: those of `RunRequest.evaluate_at`, then the last; None if none were wanted."""
     losses: Array | None = None
     """(n, M) validation losses after `steps`, nats."""
-
-
-class GradientSums(Protocol):
-    """Per-domain gradients summed over a window: additive, while the Gram matrix is not."""
-
-    def __add__(self, other: Self, /) -> Self:
-        """Sum of two windows."""
-
-    def gram(self) -> tuple[Array, Array]:
-        """Gram matrix H (K, K) of the domains' mean gradients, and their noise power (K,); NaN = undefined."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepStats:
-    """What one optimiser step, or a window of several, showed. Arrays are float64, (K,) unless said."""
-
-    step: int
-    """Optimiser steps done, this one included."""
-    tokens: int
-    """Training tokens consumed since the start of the run."""
-    requested: Array
-    """Mixture asked for; over a window, the mean."""
-    realised: Array
-    """Mixture drawn: counts / sum(counts)."""
-    counts: Array
-    """Sequences drawn per domain."""
-    loss_tokens: Array
-    """Predicted tokens behind `losses`."""
-    losses: Array
-    """Token-weighted mean training loss in nats; NaN where a domain was not drawn."""
-    epochs: Array
-    """Passes over each domain since the start of the run, as a fraction."""
-    drawn: Array
-    """Sequences drawn per domain since the start of the run."""
-    decision: int = -1
-    """Which mixture was in effect: steps before the one that it was given for; −1: a uniform one, given by nobody."""
-    mixture_age: float = 0.0
-    """Optimiser steps between the decision of the mixture and its use."""
-    pending: Array | None = None
-    """(lag, K) mixtures decided but not yet in effect, oldest first."""
-    gradients: GradientSums | None = None
-    """Per-domain gradient sums, if someone needs the Gram matrix."""
-    layer_norms: Array | None = None
-    """(num_layers,) root mean square of the observed layers' weights; at decisions only."""
-    layer_changes: Array | None = None
-    """(num_layers,) RMS of their change since the previous decision, relative to the norm."""
-    eval_losses: Array | None = None
-    """(M,) mean validation losses in nats, if someone needs them."""
-    eval_tokens: int = 0
-    """Held-out tokens behind them; over a window, all of its measurements'."""
-    excess_losses: Array | None = None
-    """(K,) mean over tokens of max(loss − reference model's loss, 0), nats; NaN where a domain was not drawn."""
-    loss_weights: Array | None = None
-    """(K,) factors on the domains' token losses in this step, if any; over a window, the last step's."""
-    loss: float = float("nan")
-    """Mean loss over all tokens, nats."""
-    grad_norm: float = float("nan")
-    """L2 norm of the whole gradient before clipping."""
-    lr: float = float("nan")
-    diverged: bool = False
-    """The loss or the gradient is not finite; the step was not applied, and the run ends."""
-    skipped: int = 0
-    """Steps that were not applied for the same reason, although the run goes on."""
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    """Wall clock by part: "data", "train" (forward, backward, update), "probe" (per-domain measurements) and
-    "validation" (held-out losses that the mixer asked for)."""
-
-    @property
-    def guilty(self) -> NDArray[np.bool_]:
-        """(K,) domains that were drawn and whose loss is not finite."""
-        return (self.counts > 0) & ~np.isfinite(self.losses)
-
-    @property
-    def effective(self) -> Array:
-        """Mixture (K,) that the objective weighs the domains by: requested × loss weights, summing to 1."""
-        if self.loss_weights is None:
-            return self.requested
-        weighted = self.requested * self.loss_weights
-        normalised: Array = weighted / weighted.sum()
-        return normalised
-
-
-def merge(first: StepStats, second: StepStats) -> StepStats:
-    """Sum two consecutive windows: gradients before their Gram matrix, losses weighted by tokens."""
-    counts = first.counts + second.counts
-    tokens = first.loss_tokens + second.loss_tokens
-
-    def mean(one: Array, other: Array) -> Array:
-        total = np.nan_to_num(one) * first.loss_tokens + np.nan_to_num(other) * second.loss_tokens
-        return np.divide(total, tokens, out=np.full_like(total, np.nan), where=tokens > 0)
-
-    share = _steps(first) / (_steps(first) + _steps(second))
-    weight = first.loss_tokens.sum() / max(tokens.sum(), 1.0)
-    both = first.gradients is not None and second.gradients is not None
-    return replace(
-        second,
-        requested=share * first.requested + (1 - share) * second.requested,
-        counts=counts,
-        realised=counts / max(counts.sum(), 1.0),
-        loss_tokens=tokens,
-        eval_tokens=first.eval_tokens + second.eval_tokens,
-        losses=mean(first.losses, second.losses),
-        excess_losses=None
-        if first.excess_losses is None or second.excess_losses is None
-        else mean(first.excess_losses, second.excess_losses),
-        loss=second.loss
-        if weight == 0
-        else first.loss
-        if weight == 1
-        else weight * first.loss + (1 - weight) * second.loss,
-        gradients=first.gradients + second.gradients if both else None,  # type: ignore[operator]
-        diverged=first.diverged or second.diverged,
-        skipped=first.skipped + second.skipped,
-        seconds={
-            part: first.seconds.get(part, 0.0) + second.seconds.get(part, 0.0)
-            for part in {**first.seconds, **second.seconds}
-        },
-    )
-
-
-def _steps(stats: StepStats) -> float:
-    return max(float(stats.counts.sum()), 1.0)
 
 
 @runtime_checkable

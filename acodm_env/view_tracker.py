@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from acodm_env.trainer import Array, RunInfo, StepStats
+from acodm_env.step_stats import Array, StepStats
+from acodm_env.trainer import RunInfo
 from acodm_env.view import View, slope
 
 SEEN = ("losses", "previous", "gaps", "slopes", "drawn", "mixture", "progress")

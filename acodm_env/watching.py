@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from acodm_env.errors import ConfigError
-from acodm_env.trainer import Array, Mixer, RunInfo, RunRequest, StepStats
+from acodm_env.step_stats import Array, StepStats
+from acodm_env.trainer import Mixer, RunInfo, RunRequest
 
 
 def watched_steps(request: RunRequest) -> tuple[int, ...]:

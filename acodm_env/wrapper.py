@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from acodm_env.errors import ConfigError
-from acodm_env.trainer import Array, RunInfo, StepStats, Trainer
+from acodm_env.step_stats import Array, StepStats
+from acodm_env.trainer import RunInfo, Trainer
 
 
 class TrainerWrapper:

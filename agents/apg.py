@@ -2,8 +2,8 @@
 
 The surface (`acodm_env.surrogate.problems`) is known and differentiable, so the gradient of the objective at a run's
 end with respect to the actor comes from one backward pass through the whole run: no critic, no exploration, no
-estimate. The actor is `acodm_env.equivariant`'s network and sees the fields of `acodm_env.view`; what is learned is
-exported as any other policy and drives real runs zero-shot.
+estimate. The actor is `acodm_env.policy.equivariant`'s network and sees the fields of `acodm_env.view`; what is
+learned is exported as any other policy and drives real runs zero-shot.
 
 The loss is *regret*: what the policy misses of the gain that the best static mixture of the surface has over uniform,
 as a share of it, so that problems in which little can be won count as much as those with a lot.
@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from acodm_env.equivariant import SCALINGS, EquivariantPolicy, Scaling, fields_of, scalings_of
 from acodm_env.errors import ConfigError
 from acodm_env.interaction import InteractionConfig
 from acodm_env.mixture import ActionMap, Bounds
 from acodm_env.objective import value
+from acodm_env.policy.equivariant import SCALINGS, EquivariantPolicy, Scaling, fields_of, scalings_of
 from acodm_env.surrogate.problems import INITIAL_NATS, ProblemFamily, Problems, losses
 from acodm_env.view import GENERAL_FIELDS, PER_ROW, PER_RUN, View, slope
 
@@ -107,7 +107,7 @@ class ViewActor(nn.Module):
         return mixtures(action, view.trainable, self.config.scale, self.config.floor)
 
     def _features(self, view: View, still: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """`acodm_env.equivariant.features` of the view, (B, K, F) and (B, G): here no field needs a scaling but one."""
+        """`policy.equivariant.features` of the view, (B, K, F) and (B, G): here no field needs a scaling but one."""
         for name in self.config.fields:
             if name in STILL and name not in still:
                 still[name] = _formula(name)(view, torch)

@@ -17,7 +17,7 @@ import numpy as np
 from acodm_env.errors import ConfigError, DataError, PolicyError
 from acodm_env.files import read_json, write_json
 from acodm_env.objective import describe
-from acodm_env.policy import Policy
+from acodm_env.policy.dense import Policy
 
 FILE = "certificate.json"
 FORMAT_VERSION = 1

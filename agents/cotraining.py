@@ -21,7 +21,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from acodm_env.env import MixtureEnv, Observation
 from acodm_env.errors import ConfigError
-from acodm_env.policy import Policy
+from acodm_env.policy.dense import Policy
 from acodm_env.reward import RewardConfig
 
 from .algorithms import load_class, require_fit

@@ -1,6 +1,6 @@
 """The networks of the equivariant agents: how an observation is read domain by domain, actor, critics and value.
 
-What the actor computes is written in `acodm_env.equivariant`, which runs the exported one.
+What the actor computes is written in `acodm_env.policy.equivariant`, which runs the exported one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,8 +13,8 @@ from stable_baselines3.common.torch_layers import create_mlp
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
-from acodm_env.equivariant import Fields, Scaling, features, fields_of, num_features, scalings_of, split_mask
 from acodm_env.errors import ConfigError
+from acodm_env.policy.equivariant import Fields, Scaling, features, fields_of, num_features, scalings_of, split_mask
 
 _SHARPNESS = 2.0
 """The critic also sees softmax(this · action): the mixture under the default `ActionMap`, but for its floor."""

@@ -7,7 +7,7 @@ that tells domains from padding. The padding gets the logit −∞ and is seen b
     TD3(EquivariantTD3Policy, env, policy_kwargs={"layout": env.observer.layout})
 
 with `VecNormalize(norm_obs=False)` if any: running statistics per entry would tell the domains apart. What the
-networks compute is written in `acodm_env.equivariant`, which runs the exported actor.
+networks compute is written in `acodm_env.policy.equivariant`, which runs the exported actor.
 """
 
 from collections.abc import Mapping, Sequence
@@ -60,7 +60,7 @@ class EquivariantTD3Policy(TD3Policy):
             num_domains: K, padding included; by default the size of the action space.
             net_arch: units of φ; ρ and the critic's head have one hidden layer as wide as the last of them.
             logit_penalty: λ of `LogitPenalty` in front of the tanh; 0 with `make_agent`, which adds its own.
-            scaling: changes to `acodm_env.equivariant.SCALINGS`, by field and setting.
+            scaling: changes to `acodm_env.policy.equivariant.SCALINGS`, by field and setting.
             options: of SB3's `TD3Policy`.
 
         Raises:

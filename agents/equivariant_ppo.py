@@ -55,7 +55,7 @@ class EquivariantPPOPolicy(ActorCriticPolicy):
             net_arch: units of φ; ρ and the critic's head have one hidden layer as wide as the last of them.
             critic_arch: units of the critic; None: the actor's. (): one number, where runs are judged by their copies.
             log_std_init: ln of the exploration's standard deviation, in logits; one number for all domains.
-            scaling: changes to `acodm_env.equivariant.SCALINGS`, by field and setting.
+            scaling: changes to `acodm_env.policy.equivariant.SCALINGS`, by field and setting.
             options: of SB3's `ActorCriticPolicy`.
 
         Raises:

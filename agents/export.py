@@ -15,10 +15,12 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_no
 from torch import nn
 
 from acodm_env.env import MixtureEnv
-from acodm_env.equivariant import EquivariantPolicy, split_mask
 from acodm_env.errors import PolicyError
-from acodm_env.policy import LAYER_NORM_EPSILON, Layers, Policy
-from acodm_env.trainer import Array
+from acodm_env.layers import LAYER_NORM_EPSILON, Layers
+from acodm_env.policy.dense import Policy
+from acodm_env.policy.equivariant import EquivariantPolicy, split_mask
+from acodm_env.policy.load import load_policy
+from acodm_env.step_stats import Array
 
 from .domain_networks import DomainActor
 from .equivariant import EquivariantTD3Policy
@@ -201,7 +203,7 @@ def export(policy: Policy, path: str | Path, model: BaseAlgorithm, venv: VecEnv)
         PolicyError: the file and the agent differ by more than 1e-5; nothing was written then.
     """
     with tempfile.TemporaryDirectory() as trial:
-        error = parity(Policy.load(policy.save(Path(trial) / "policy")), model, venv)
+        error = parity(load_policy(policy.save(Path(trial) / "policy")), model, venv)
     if not error <= TOLERANCE:
         raise PolicyError(f"{path}: the exported policy would differ from the agent by {error:.2g}; nothing written")
     policy.save(path)

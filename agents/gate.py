@@ -11,15 +11,24 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from acodm_env.equivariant import PER_DOMAIN, EquivariantPolicy
+from acodm_env.agents.gate_rollouts import (
+    NOT_FINITE,
+    Answers,
+    Played,
+    imagined_runs,
+    mixtures_of,
+    plausible_observations,
+    play,
+    sweep,
+)
 from acodm_env.errors import AcodmError, ConfigError, PolicyError
 from acodm_env.objective import describe
-from acodm_env.policy import Policy
+from acodm_env.policy.dense import Policy
+from acodm_env.policy.equivariant import PER_DOMAIN, EquivariantPolicy
+from acodm_env.step_stats import Array
 from acodm_env.support import learned_for, outside
 from acodm_env.surrogate.surface import Surface
-from acodm_env.trainer import Array, RunInfo
-
-from .trial import NOT_FINITE, Answers, Played, imagined_runs, mixtures_of, plausible_observations, play, sweep
+from acodm_env.trainer import RunInfo
 
 PASSED, FAILED, NOT_CHECKED = "passed", "failed", "not checked"
 SUPPORT = 5.0

@@ -24,7 +24,7 @@ from stable_baselines3.td3.policies import Actor, TD3Policy
 from torch import nn
 
 from acodm_env.errors import ConfigError
-from acodm_env.trainer import Array
+from acodm_env.step_stats import Array
 
 
 def head_rewards(rewards: NDArray[Any], infos: list[dict[str, Any]]) -> Array:

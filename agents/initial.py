@@ -14,10 +14,10 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
-from acodm_env.equivariant import EquivariantPolicy
 from acodm_env.errors import ConfigError, PolicyError
 from acodm_env.mixture import ActionMap
-from acodm_env.policy import Policy
+from acodm_env.policy.dense import Policy
+from acodm_env.policy.equivariant import EquivariantPolicy
 
 from .domain_networks import DomainActor
 from .equivariant import EquivariantTD3Policy

@@ -16,10 +16,11 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from acodm_env.env import MixtureEnv
-from acodm_env.equivariant import split_mask
 from acodm_env.errors import ConfigError
 from acodm_env.files import recover_folder
-from acodm_env.policy import Policy, open_policy
+from acodm_env.policy.dense import Policy
+from acodm_env.policy.equivariant import split_mask
+from acodm_env.policy.load import open_policy
 
 from .algorithms import require_fit
 from .baselines import make_mixer

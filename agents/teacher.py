@@ -28,7 +28,8 @@ from torch.nn.functional import mse_loss
 
 from acodm_env.errors import ConfigError
 from acodm_env.mixture import ActionMap, check_weights
-from acodm_env.trainer import Array, Mixer, StepStats, Trainer
+from acodm_env.step_stats import Array, StepStats
+from acodm_env.trainer import Mixer, Trainer
 
 from .baselines import make_mixer
 

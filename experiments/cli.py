@@ -14,27 +14,34 @@ from dataclasses import fields
 from typing import Any
 
 COMMANDS = {
-    "demo": ("DemoConfig", "the main job, end to end, in minutes"),
-    "prepare": ("PrepareConfig", "tokenise a corpus into a token store"),
-    "train": ("TrainConfig", "learn a mixing policy on a proxy model or a surrogate"),
-    "tune": ("TuneConfig", "search an algorithm's hyper-parameters on a surrogate"),
-    "export": ("ExportConfig", "write a learned agent as a policy folder"),
-    "regret": ("RegretConfig", "what agents and baselines recover on surrogates"),
-    "contest": ("ContestConfig", "which learner gains most on random mixing problems"),
-    "gate": ("GateConfig", "judge an exported policy before a target run"),
-    "transfer": ("TransferConfig", "train a target under a policy or a baseline"),
-    "cotrain": ("CotrainConfig", "learn an agent in the very run that it drives, without a proxy"),
-    "evaluate": ("EvaluateConfig", "measure perplexity by domain, MMLU, HumanEval; compare models"),
-    "export-model": ("ExportModelConfig", "write a trained model as others load it, with a card"),
-    "benchmark": ("BenchmarkConfig", "compare mixers over seeds, with intervals and costs"),
-    "report": ("ReportConfig", "compare runs on one page that opens in any browser"),
-    "mixture": ("MixtureConfig", "print the mixture of a run"),
-    "overhead": ("OverheadConfig", "measure what the gradient probe costs"),
-    "fit-surrogate": ("FitSurrogateConfig", "fit a response surface to finished runs"),
-    "doctor": ("DoctorConfig", "print versions, device, paths and problems"),
+    "demo": ("demo", "DemoConfig", "the main job, end to end, in minutes"),
+    "prepare": ("prepare", "PrepareConfig", "tokenise a corpus into a token store"),
+    "train": ("policy.train", "TrainConfig", "learn a mixing policy on a proxy model or a surrogate"),
+    "tune": ("policy.tune", "TuneConfig", "search an algorithm's hyper-parameters on a surrogate"),
+    "export": ("policy.export", "ExportConfig", "write a learned agent as a policy folder"),
+    "regret": ("surrogate.regret", "RegretConfig", "what agents and baselines recover on surrogates"),
+    "contest": ("surrogate.contest", "ContestConfig", "which learner gains most on random mixing problems"),
+    "gate": ("policy.gate", "GateConfig", "judge an exported policy before a target run"),
+    "transfer": ("target.transfer", "TransferConfig", "train a target under a policy or a baseline"),
+    "cotrain": ("target.cotrain", "CotrainConfig", "learn an agent in the very run that it drives, without a proxy"),
+    "evaluate": (
+        "evaluation.command",
+        "EvaluateConfig",
+        "measure perplexity by domain, MMLU, HumanEval; compare models",
+    ),
+    "export-model": (
+        "publish.export_model",
+        "ExportModelConfig",
+        "write a trained model as others load it, with a card",
+    ),
+    "benchmark": ("benchmark.command", "BenchmarkConfig", "compare mixers over seeds, with intervals and costs"),
+    "report": ("report.command", "ReportConfig", "compare runs on one page that opens in any browser"),
+    "mixture": ("run.mixture", "MixtureConfig", "print the mixture of a run"),
+    "overhead": ("overhead.command", "OverheadConfig", "measure what the gradient probe costs"),
+    "fit-surrogate": ("surrogate.fit", "FitSurrogateConfig", "fit a response surface to finished runs"),
+    "doctor": ("doctor", "DoctorConfig", "print versions, device, paths and problems"),
 }
-"""Command: the name of its configuration in the module of the same name (dashes are underscores there), and a line of
-help."""
+"""Command: its module below `acodm_env.experiments`, the name of its configuration there, and a line of help."""
 
 
 def main(arguments: Sequence[str] | None = None, command: str | None = None) -> None:
@@ -42,7 +49,7 @@ def main(arguments: Sequence[str] | None = None, command: str | None = None) -> 
 
     Args:
         arguments: without the program's name; default `sys.argv[1:]`.
-        command: fixes the command, for `python -m acodm_env.experiments.COMMAND`.
+        command: fixes the command, for modules that are one.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall a machine that others use too
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -88,13 +95,14 @@ def _dispatch(arguments: list[str]) -> int:
         from acodm_env.errors import unknown
 
         unknown("command", name, COMMANDS)
-    module = importlib.import_module(f"acodm_env.experiments.{name.replace('-', '_')}")
-    return int(module.run(_parse(name, getattr(module, COMMANDS[name][0]), rest)) or 0)
+    place, config, _ = COMMANDS[name]
+    module = importlib.import_module(f"acodm_env.experiments.{place}")
+    return int(module.run(_parse(name, getattr(module, config), rest)) or 0)
 
 
 def _overview() -> str:
     lines = ["usage: acodm COMMAND [--help] [--config FILE.yaml] [--setting VALUE …]", "", "commands:"]
-    lines += [f"  {name:<15}{text}" for name, (_, text) in COMMANDS.items()]
+    lines += [f"  {name:<15}{text}" for name, (_, _, text) in COMMANDS.items()]
     return "\n".join([*lines, "", "`acodm COMMAND --help` lists a command's settings with defaults and units."])
 
 

@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING, Any
 from acodm_env.corpus import open_corpus
 from acodm_env.errors import ConfigError, unknown
 from acodm_env.experiments.console import say, text_table
-from acodm_env.experiments.run_folder import RunFolder, open_run, recorded_config
+from acodm_env.experiments.run.folder import RunFolder, open_run, recorded_config
 from acodm_env.files import read_json, write_json
 from acodm_env.objective import check_metric, parse_targets
 
 if TYPE_CHECKING:
-    from acodm_env.experiments.benchmark import BenchmarkConfig
-    from acodm_env.experiments.suite_regret import Outcome
-    from acodm_env.experiments.suite_tasks import Task
+    from acodm_env.experiments.benchmark.config import BenchmarkConfig
+    from acodm_env.experiments.benchmark.suite.regret import Outcome
+    from acodm_env.experiments.benchmark.suite.tasks import Task
 
 REFERENCE, UNIFORM, POLICY = "odm-released", "uniform", "generalist"
 ROWS = (UNIFORM, REFERENCE, "odm-released-rescaled", "share-0.3", "share-0.5", "share-1", POLICY)
-RECIPES: dict[str, dict[str, int]] = {
+RECIPES: dict[str, dict[str, Any]] = {
     "demo": {"steps": 400, "batch_size": 16, "sequence_length": 128, "evaluations": 20, "eval_sequences": 64},
     "smoke": {"steps": 80, "batch_size": 6, "sequence_length": 32, "evaluations": 4, "eval_sequences": 4},
 }
@@ -103,7 +103,7 @@ def problem(config: DemoConfig) -> "Task":
     Raises:
         ConfigError: an unknown target; a corpus with one domain.
     """
-    from acodm_env.experiments.suite_tasks import Task
+    from acodm_env.experiments.benchmark.suite.tasks import Task
 
     store = open_corpus(config.corpus, config.quiet).trained()
     if len(store.domains) < 2:
@@ -121,7 +121,7 @@ def problem(config: DemoConfig) -> "Task":
 
 def bench(config: DemoConfig) -> "BenchmarkConfig":
     """The runs' settings."""
-    from acodm_env.experiments.benchmark import BenchmarkConfig
+    from acodm_env.experiments.benchmark.config import BenchmarkConfig
 
     return BenchmarkConfig(
         suite="mixing",
@@ -137,10 +137,10 @@ def bench(config: DemoConfig) -> "BenchmarkConfig":
 
 def _train(config: DemoConfig, task: "Task", out: Path) -> "Outcome | None":
     """Every row's run; None if one failed."""
-    from acodm_env.experiments.results import draw
-    from acodm_env.experiments.suite import run_task
-    from acodm_env.experiments.suite_report import read_outcome
-    from acodm_env.experiments.suite_rows import learned
+    from acodm_env.experiments.benchmark.suite.command import run_task
+    from acodm_env.experiments.benchmark.suite.report import read_outcome
+    from acodm_env.experiments.benchmark.suite.rows import learned
+    from acodm_env.experiments.run.results import draw
 
     if not config.quiet:
         say(f"{describe(task)}: {len(ROWS)} runs of {RECIPES[config.recipe]['steps']} steps, some minutes in all")
@@ -154,7 +154,7 @@ def _train(config: DemoConfig, task: "Task", out: Path) -> "Outcome | None":
 
 def _folder(out: Path, row: str, seed: int) -> Path:
     """Folder of a row's run; of rows with the same mixture, one was made."""
-    same = read_json(out / "runs" / "task.json")["same"]
+    same: dict[str, str] = read_json(out / "runs" / "task.json")["same"]
     return out / "runs" / "cells" / "cosine" / same.get(row, row) / f"seed{seed}"
 
 
@@ -166,7 +166,7 @@ def describe(task: "Task") -> str:
 
 
 def _result(config: DemoConfig, out: Path, outcome: "Outcome", seconds: float) -> dict[str, Any]:
-    from acodm_env.experiments.results import time_averaged
+    from acodm_env.experiments.run.results import time_averaged
 
     seed, mixers = config.seed, {}
     for row in ROWS:
@@ -224,6 +224,4 @@ def _line(
 
 
 if __name__ == "__main__":
-    from acodm_env.experiments.cli import main
-
-    main(command="demo")
+    raise SystemExit("acodm: this runs as a command: acodm demo, or python -m acodm_env demo")

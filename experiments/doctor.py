@@ -10,7 +10,7 @@ from pathlib import Path
 
 from acodm_env.errors import AcodmError
 from acodm_env.experiments.console import listing, say
-from acodm_env.experiments.run_folder import versions
+from acodm_env.experiments.run.folder import versions
 from acodm_env.files import write_json
 
 OWN = ("acodm_env", "acodm_env.agents", "acodm_env.experiments")
@@ -51,7 +51,7 @@ def device() -> dict[str, str]:
     """The device that "auto" takes, its precision, and the peak that MFU is counted against."""
     import torch
 
-    from acodm_env.experiments.cost import peak_flops
+    from acodm_env.experiments.run.accounting import peak_flops
 
     if not torch.cuda.is_available():
         return {"device": f"cpu ({torch.get_num_threads()} threads, float32)"}
@@ -81,7 +81,7 @@ def _origin(name: str) -> str:
 
 def policies() -> dict[str, str]:
     """The policies that come with the package, by name."""
-    from acodm_env.policy import SHIPPED, open_policy
+    from acodm_env.policy.load import SHIPPED, open_policy
 
     found = {}
     for name in SHIPPED:
@@ -130,3 +130,7 @@ def corpus(path: str) -> dict[str, str]:
         for name, size in zip(store.domains, store.sizes_tokens("train"), strict=True)
     }
     return {"corpus": f"{store.path} ({store.fingerprint[:16]})"} | {f"  {name}": size for name, size in sizes.items()}
+
+
+if __name__ == "__main__":
+    raise SystemExit("acodm: this runs as a command: acodm doctor, or python -m acodm_env doctor")

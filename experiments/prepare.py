@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from acodm_env.corpus.prepare import Preparation, prepare
-from acodm_env.corpus.sources import Source
+from acodm_env.corpus.preparation.prepare import Preparation, prepare
+from acodm_env.corpus.preparation.sources import Source
 from acodm_env.corpus.tokens import SPLITS, TokenStore
 from acodm_env.errors import ConfigError, unknown
 from acodm_env.experiments.console import say
@@ -133,6 +133,4 @@ def table(store: TokenStore) -> str:
 
 
 if __name__ == "__main__":
-    from acodm_env.experiments.cli import main
-
-    main(command="prepare")
+    raise SystemExit("acodm: this runs as a command: acodm prepare, or python -m acodm_env prepare")

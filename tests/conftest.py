@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from acodm_env.corpus.prepare import Preparation, prepare
-from acodm_env.corpus.sources import Source
+from acodm_env.corpus.preparation.prepare import Preparation, prepare
+from acodm_env.corpus.preparation.sources import Source
 from acodm_env.corpus.tokens import TokenStore
 
 settings.register_profile("acodm", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from acodm_env.corpus.tokens import TokenStore
-from acodm_env.evaluation.loading import LoadedModel
+from acodm_env.experiments.evaluation.loading import LoadedModel
 from acodm_env.pretrain.models import build_model
 
 

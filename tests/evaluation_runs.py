@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from acodm_env.evaluation import harness
-from acodm_env.evaluation.loading import LoadedModel
-from acodm_env.evaluation.scores import TaskScores
+from acodm_env.experiments.evaluation.harness import run as harness
+from acodm_env.experiments.evaluation.loading import LoadedModel
+from acodm_env.experiments.evaluation.scores import TaskScores
 
 
 def tiny_tokenizer(corpus: Path) -> Any:

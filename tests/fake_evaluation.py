@@ -11,8 +11,8 @@ import torch
 
 from acodm_env.corpus.tokenizer import end_of_document, load_tokenizer
 from acodm_env.errors import ConfigError
-from acodm_env.evaluation.chance import accuracy
-from acodm_env.evaluation.scores import Metric, TaskScores
+from acodm_env.experiments.evaluation.chance import accuracy
+from acodm_env.experiments.evaluation.scores import Metric, TaskScores
 from acodm_env.files import sha256
 
 METRICS = (("loss", "nats/token"), ("perplexity", "perplexity"), ("bits_per_byte", "bits/byte"))

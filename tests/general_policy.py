@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from acodm_env.equivariant import PER_DOMAIN, EquivariantPolicy, scalings_of
 from acodm_env.interaction import InteractionConfig
 from acodm_env.mixture import ActionMap, Bounds
+from acodm_env.policy.equivariant import PER_DOMAIN, EquivariantPolicy, scalings_of
 
 FIELDS = (("objective_weight", PER_DOMAIN), ("size", PER_DOMAIN), ("elasticity", PER_DOMAIN), ("progress", 1))
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from acodm_env.agents.baselines import make_mixer
-from acodm_env.trainer import StepStats
+from acodm_env.step_stats import StepStats
 from toy import ToyTrainer
 
 NAN = float("nan")

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from acodm_env.trainer import Array, Mixer, RunInfo, RunRequest, RunResult, StepStats
+from acodm_env.step_stats import Array, StepStats
+from acodm_env.trainer import Mixer, RunInfo, RunRequest, RunResult
 
 NAMES = {"crash": "Crash", "die": "Die", "two-stage": "TwoStage", "wander": "Wander"}
 

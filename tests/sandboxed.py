@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from acodm_env.evaluation import sandbox
-from acodm_env.evaluation.sandbox import Limits, Outcome, execute, protections
+from acodm_env.experiments.evaluation.sandbox import execute as sandbox
+from acodm_env.experiments.evaluation.sandbox.execute import Limits, Outcome, execute, protections
 
 SHORT = Limits(seconds=1.0)
 SMALL = Limits(seconds=10.0, memory_bytes=1 << 28)
@@ -25,7 +25,7 @@ def survivors() -> list[str]:
             text = path.read_bytes().decode(errors="replace")
         except OSError:
             continue
-        if f"# {TOKEN}" in text and "sandbox_child" in text:
+        if f"# {TOKEN}" in text and "sandbox.supervisor" in text:
             found.append(text)
     return found
 

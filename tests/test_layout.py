@@ -71,6 +71,52 @@ def test_imports_go_one_way(module: str) -> None:
     assert not wrong, f"{module} imports {sorted(wrong)}"
 
 
+# The rooms of experiments/: each imports only those to its right.
+ROOMS = ("cli", "demo", "benchmark", "surrogate", "report", "comparison", "target", "policy", "publish", "evaluation")
+ROOMS += ("overhead", "doctor", "prepare", "run", "console")
+ENTRIES = ("__init__", "__main__", "transfer", "cotrain")
+"""Modules that only hand over to the command line."""
+
+
+def room(name: str) -> str:
+    """Room of a module, by its dotted name."""
+    return name.removeprefix("acodm_env.experiments.").partition(".")[0]
+
+
+def known_imports(module: str) -> set[str]:
+    """Modules of this project that one imports, by their dotted names."""
+    names = {dotted_name(each) for each in MODULES}
+    return {name for name in imports(module) if name in names}
+
+
+def dotted_name(module: str) -> str:
+    top, *rest = Path(module).with_suffix("").parts
+    return ".".join([ROOTS[top], *(part for part in rest if part != "__init__")])
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module.startswith("experiments/")])
+def test_rooms_import_only_those_to_their_right(module: str) -> None:
+    own = Path(module).with_suffix("").parts[1]
+    if own in ENTRIES:
+        return
+    others = {room(name) for name in known_imports(module) if name.startswith("acodm_env.experiments.")} - {own}
+    assert not (wrong := others - set(ROOMS[ROOMS.index(own) + 1 :])), f"{module} imports from {sorted(wrong)}"
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Also not inside of functions, nor for types alone; a package's face counts as what it hands on."""
+    rest = {dotted_name(module): known_imports(module) for module in MODULES if not module.endswith("__init__.py")}
+    while free := [name for name, needed in rest.items() if not needed & rest.keys()]:
+        for name in free:
+            del rest[name]
+    assert not rest, f"in circles, or above one: {sorted(rest)}"
+
+
+def test_the_installed_names_are_links_that_type_checkers_follow() -> None:
+    for folder, name in ROOTS.items():
+        assert (ROOT / name.replace(".", "/")).resolve() == ROOT / folder
+
+
 def test_relative_imports_are_resolved() -> None:
     relative = re.compile(r"^from \.(\w+) import", flags=re.MULTILINE)
     for path in sources(*ROOTS):
@@ -141,29 +187,20 @@ def readme() -> str:
 
 
 def layout() -> list[str]:
-    """Paths of the modules in README's layout tree; folders are told by their indentation."""
+    """Folders in README's layout tree, which are told by their indentation."""
     found = re.search(r"^## Layout\n+```[a-z]*\n(.*?)^```", readme(), flags=re.MULTILINE | re.DOTALL)
     assert found, "README.md has no fenced block under '## Layout'"
-    paths, folders = [], []
+    paths, folders = [], list[str]()
     for line in filter(str.strip, found[1].splitlines()):
         depth = (len(line) - len(line.lstrip())) // 2
-        folders = folders[:depth]
-        for word in line.split():
-            if word.endswith("/"):
-                folders.append(word.rstrip("/"))
-            elif word.endswith(".py"):
-                paths.append("/".join([*folders, word]))
-            else:
-                break  # the description
+        folders = [*folders[:depth], line.split()[0].rstrip("/")]
+        paths.append("/".join(folders))
     return paths
 
 
-def test_readme_tree_is_the_tree() -> None:
-    listed = [path for path in layout() if Path(path).parts[0] in ROOTS]
-    existing = [module for module in MODULES if Path(module).name != "__init__.py"]
-    assert sorted(set(existing) - set(listed)) == [], "modules that README's layout does not name"
-    assert sorted(set(listed) - set(existing)) == [], "README's layout names what does not exist"
-    assert len(listed) == len(set(listed))
+def test_readme_names_every_room() -> None:
+    rooms = sorted({Path(module).parent.as_posix() for module in MODULES})
+    assert sorted(path for path in layout() if Path(path).parts[0] in ROOTS) == rooms
 
 
 @pytest.mark.parametrize("target", ["demo", "test"])

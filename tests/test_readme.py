@@ -25,9 +25,7 @@ def command_lines():
         fenced = "\n".join(re.findall(r"^```\w*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL))
         lines = re.findall(r"^ {4,8}(?:\S*/)?acodm (.+)$", text, flags=re.MULTILINE)
         lines += re.findall(r"^(?:\S*/)?acodm (.+)$", fenced, flags=re.MULTILINE)
-        lines += re.findall(
-            r"(?:torchrun|accelerate launch) .*-m acodm_env\.experiments\.(.+?)(?: SETTINGS.*)?$", text, re.MULTILINE
-        )
+        lines += re.findall(r"(?:torchrun|accelerate launch) .*-m acodm_env (.+?)(?: SETTINGS.*)?$", text, re.MULTILINE)
         for line in lines:
             yield pytest.param(shlex.split(line.rstrip("`| ,"), comments=True), id=line[:60])
 
@@ -36,8 +34,8 @@ def command_lines():
 def test_every_command_line_of_the_pages_exists(arguments):
     command, flags = arguments[0], [a for a in arguments[1:] if a.startswith("--")]
     assert command in COMMANDS
-    module = import_module(f"acodm_env.experiments.{command.replace('-', '_')}")
-    known = fields(getattr(module, COMMANDS[command][0]))
+    place, config, _ = COMMANDS[command]
+    known = fields(getattr(import_module(f"acodm_env.experiments.{place}"), config))
     settings = {field.name for field in known} | {f"no_{field.name}" for field in known if field.type in (bool, "bool")}
     assert {flag[2:].partition("=")[0].replace("-", "_") for flag in flags} <= settings | {"config"}
 

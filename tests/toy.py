@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from acodm_env.trainer import Array, RunInfo, StepStats
+from acodm_env.step_stats import Array, StepStats
+from acodm_env.trainer import RunInfo
 
 
 class ToyGradients:

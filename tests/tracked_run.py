@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from acodm_env.agents.baselines import make_mixer
-from acodm_env.experiments.run_folder import RunFolder
-from acodm_env.experiments.runs import Saving, run_mixer
-from acodm_env.experiments.signals import Preempted
-from acodm_env.experiments.tracking import evaluation_values, step_values, tracked
+from acodm_env.experiments.run.folder import RunFolder
+from acodm_env.experiments.run.loop import Saving, run_mixer
+from acodm_env.experiments.run.preemption import Preempted
+from acodm_env.experiments.run.tracking import evaluation_values, step_values, tracked
 from toy import ToyTrainer
 
 BEST = (0.6, 0.3, 0.1)

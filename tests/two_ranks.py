@@ -23,7 +23,8 @@ from acodm_env.files import read_state, write_state
 from acodm_env.pretrain.config import LMConfig
 from acodm_env.pretrain.leader import leading
 from acodm_env.pretrain.trainer import LMTrainer, target_accelerator
-from acodm_env.trainer import Array, Mixer, StepStats, Trainer, drive
+from acodm_env.step_stats import Array, StepStats
+from acodm_env.trainer import Mixer, Trainer, drive
 
 SETTINGS: dict[str, Any] = {
     "batch_size": 12,

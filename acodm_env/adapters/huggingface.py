@@ -22,7 +22,8 @@ from acodm_env.adapters.loop import MixedData
 from acodm_env.adapters.pytorch import model_inputs
 from acodm_env.corpus.tokens import TokenStore
 from acodm_env.errors import ConfigError
-from acodm_env.trainer import Array, Mixer, StepStats
+from acodm_env.step_stats import Array, StepStats
+from acodm_env.trainer import Mixer
 
 
 class MixtureBatches:

@@ -16,7 +16,8 @@ from acodm_env.corpus.loader import Loader
 from acodm_env.corpus.sampler import Batch, MixtureSampler
 from acodm_env.corpus.tokens import TokenStore
 from acodm_env.errors import ConfigError, DataError
-from acodm_env.trainer import Array, Mixer, RunInfo, StepStats, Trainer, require
+from acodm_env.step_stats import Array, StepStats
+from acodm_env.trainer import Mixer, RunInfo, Trainer, require
 
 PROVIDES = frozenset({"losses"})
 

@@ -17,7 +17,7 @@ from acodm_env.corpus.sampler import Batch, MixtureSampler
 from acodm_env.corpus.tokens import TokenStore
 from acodm_env.errors import ConfigError, unknown
 from acodm_env.mixture import check_weights
-from acodm_env.trainer import Array
+from acodm_env.step_stats import Array
 
 
 def model_inputs(batch: Batch) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from acodm_env.corpus.tokens import TokenStore
-from acodm_env.trainer import Array
+from acodm_env.step_stats import Array
 
 TOKENS = 150_000
 """Training tokens of each domain that are counted."""

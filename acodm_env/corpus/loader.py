@@ -16,7 +16,7 @@ import numpy as np
 from acodm_env.corpus.sampler import Batch, MixtureSampler
 from acodm_env.errors import ConfigError, DataError
 from acodm_env.mixture import check_weights
-from acodm_env.trainer import Array
+from acodm_env.step_stats import Array
 
 
 class Loader:

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from acodm_env.corpus.order import Order
+from acodm_env.corpus.permutation import Order
 from acodm_env.corpus.tokens import TokenStore
 from acodm_env.errors import ConfigError, DataError
 from acodm_env.mixture import Composer
-from acodm_env.trainer import Array
+from acodm_env.step_stats import Array
 
 _ALL = slice(None)
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from acodm_env.corpus.streams import Document
+from acodm_env.corpus.document import Document
 from acodm_env.errors import ConfigError, DataError
 from acodm_env.hub import looks_local, require_hub
 

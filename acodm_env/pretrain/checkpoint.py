@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from acodm_env.errors import DataError
-from acodm_env.pretrain.ranks import Ranks
-from acodm_env.pretrain.wrapping import whole
-from acodm_env.trainer import Array
+from acodm_env.pretrain.distributed import Ranks
+from acodm_env.pretrain.parallel import whole
+from acodm_env.step_stats import Array
 
 
 def to_numpy(value: Any, *, keep: bool = True) -> Any:

@@ -23,7 +23,7 @@ from torch import nn
 from acodm_env.errors import ConfigError
 from acodm_env.pretrain.sketches import Sketcher
 from acodm_env.pretrain.slices import Recorder, root_preconditioner
-from acodm_env.trainer import Array
+from acodm_env.step_stats import Array
 
 _CHUNK = 1 << 14  # columns of the sums turned to float64 at a time: what fits into a core's cache
 

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from acodm_env.mixture import check_weights
-from acodm_env.pretrain.ranks import LostRank
-from acodm_env.trainer import Array, StepStats
+from acodm_env.pretrain.distributed import LostRank
+from acodm_env.step_stats import Array, StepStats
 from acodm_env.wrapper import TrainerWrapper
 
 if TYPE_CHECKING:

@@ -23,14 +23,15 @@ from acodm_env.errors import ConfigError
 from acodm_env.objective import check_metric
 from acodm_env.pretrain.checkpoint import hand_out, load_model, load_optimizer, to_numpy, to_torch
 from acodm_env.pretrain.config import LMConfig, resolve_device
-from acodm_env.pretrain.evaluation import HeldOut, parse_objective
+from acodm_env.pretrain.distributed import Ranks
 from acodm_env.pretrain.gradients import DomainGradients, GradientProbe, order_rows
 from acodm_env.pretrain.head import FusedHead
-from acodm_env.pretrain.measurement import Measured, StepRecord, halves, skipped
+from acodm_env.pretrain.heldout import HeldOut, parse_objective
 from acodm_env.pretrain.models import build_model, flops_per_token, model_config, observed_layers, probed_layers
-from acodm_env.pretrain.ranks import Ranks
-from acodm_env.pretrain.wrapping import Wrapping, compiled, is_divided, target_accelerator, whole, wrap
-from acodm_env.trainer import Array, RunInfo, StepStats
+from acodm_env.pretrain.parallel import Wrapping, compiled, is_divided, target_accelerator, whole, wrap
+from acodm_env.pretrain.step_record import Measured, StepRecord, halves, skipped
+from acodm_env.step_stats import Array, StepStats
+from acodm_env.trainer import RunInfo
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from acodm_env.errors import DataError
 from acodm_env.files import read_json
+from acodm_env.step_stats import Array
 from acodm_env.surrogate.problems import INITIAL_NATS, Problems, losses
-from acodm_env.trainer import Array
 
 FORMAT = "acodm-problem-1"
 OVERFIT_PASSES = 30.0

@@ -19,9 +19,9 @@ import numpy as np
 
 from acodm_env.errors import ConfigError
 from acodm_env.laws import HUBER_NATS, PowerLaw
+from acodm_env.step_stats import Array
 from acodm_env.surrogate import dynamics
 from acodm_env.surrogate.surface import REPETITION, Surface
-from acodm_env.trainer import Array
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,8 +10,8 @@ import numpy as np
 
 from acodm_env.errors import ConfigError
 from acodm_env.laws import PowerLaw
+from acodm_env.step_stats import Array
 from acodm_env.surrogate.surface import Surface
-from acodm_env.trainer import Array
 
 _USELESS = -30.0  # ln of how much a token helps: not at all
 

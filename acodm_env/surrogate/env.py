@@ -8,11 +8,11 @@ import numpy as np
 from gymnasium.utils import EzPickle
 
 from acodm_env.config import from_dict
-from acodm_env.env import MixtureEnv, parse_reward
+from acodm_env.env import MixtureEnv
 from acodm_env.errors import ConfigError
 from acodm_env.interaction import InteractionConfig
 from acodm_env.mixture import ActionMap, Bounds
-from acodm_env.reward import RewardConfig
+from acodm_env.reward import RewardConfig, parse_reward
 from acodm_env.surrogate.draws import Family
 from acodm_env.surrogate.problem_trainer import ProblemTrainer
 from acodm_env.surrogate.problems import ProblemFamily

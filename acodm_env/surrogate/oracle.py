@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from acodm_env.step_stats import Array
 from acodm_env.surrogate.dynamics import Parameters, learn, losses
 from acodm_env.surrogate.trainer import SurrogateTrainer
-from acodm_env.trainer import Array
 
 
 @dataclass(frozen=True)

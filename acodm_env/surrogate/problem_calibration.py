@@ -21,8 +21,8 @@ import numpy as np
 
 from acodm_env.errors import ConfigError
 from acodm_env.laws import HUBER_NATS
+from acodm_env.step_stats import Array
 from acodm_env.surrogate.calibrated import ONE, SINCE, Calibrated, Courses, Record
-from acodm_env.trainer import Array
 
 FEWEST_RUNS = 10
 ROUNDS = 40

@@ -14,8 +14,9 @@ from numpy.typing import DTypeLike
 
 from acodm_env.errors import ConfigError
 from acodm_env.mixture import check_weights
+from acodm_env.step_stats import Array, StepStats
 from acodm_env.surrogate.problems import INITIAL_NATS, ProblemFamily, Problems, losses
-from acodm_env.trainer import Array, RunInfo, StepStats
+from acodm_env.trainer import RunInfo
 
 BATCH_SIZE, SEQUENCE_LENGTH = 16, 128
 """Sequences of a step and tokens of a sequence: what amounts are counted in; the surface knows fractions only."""

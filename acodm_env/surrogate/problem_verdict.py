@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from acodm_env.step_stats import Array
 from acodm_env.surrogate.calibrated import IGNORED, ONE, SINCE, Calibrated, Record
 from acodm_env.surrogate.calibration import rank_correlation
 from acodm_env.surrogate.problems import ProblemFamily
-from acodm_env.trainer import Array
 
 QUARTERS = 4
 RANKED = 3

@@ -24,7 +24,7 @@ import numpy as np
 from acodm_env.corpus.affinity import OWN, standardised
 from acodm_env.errors import ConfigError
 from acodm_env.objective import LEAST, MOST
-from acodm_env.trainer import Array
+from acodm_env.step_stats import Array
 
 INITIAL_NATS = 7.62
 """ln V of the vocabulary that the amounts are those of: 2,048 tokens."""

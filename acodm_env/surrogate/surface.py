@@ -12,8 +12,8 @@ import numpy as np
 from acodm_env.errors import ConfigError, DataError
 from acodm_env.files import read_json, write_json
 from acodm_env.laws import PowerLaw
+from acodm_env.step_stats import Array
 from acodm_env.surrogate.dynamics import FLOOR, Parameters
-from acodm_env.trainer import Array
 
 FORMAT_VERSION = 1
 SHIPPED = ("regmix-1m",)

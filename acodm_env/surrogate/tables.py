@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from acodm_env.errors import ConfigError, DataError
-from acodm_env.trainer import Array
+from acodm_env.step_stats import Array
 
 TOLERANCE = 0.02
 """How far a mixture's sum may lie from 1. Rounded to three digits, 17 weights of RegMix sum to 0.996–1.003."""

@@ -14,9 +14,10 @@ from numpy.typing import DTypeLike
 
 from acodm_env.errors import ConfigError
 from acodm_env.mixture import check_weights
+from acodm_env.step_stats import Array, StepStats
 from acodm_env.surrogate.dynamics import Parameters, learn, losses, slopes
 from acodm_env.surrogate.surface import Surface
-from acodm_env.trainer import Array, RunInfo, StepStats
+from acodm_env.trainer import RunInfo
 
 
 class Source(Protocol):

@@ -4,6 +4,7 @@ Observation, action and reward are those of `MixtureEnv`, from the same tables o
 the same number of steps, so they end together.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,10 +21,11 @@ from acodm_env.mixture import Controller
 from acodm_env.objective import value
 from acodm_env.observation import Observer
 from acodm_env.reward import Outcome, compute_terms, objective_weights
+from acodm_env.step_stats import Array, StepStats, merge
 from acodm_env.surrogate.env import SurrogateConfig, fields_for
 from acodm_env.surrogate.problem_trainer import ProblemTrainer
 from acodm_env.surrogate.trainer import SurrogateTrainer
-from acodm_env.trainer import Array, StepStats, Trainer, merge, require
+from acodm_env.trainer import Trainer, require
 from acodm_env.wrapper import Lagged
 
 Step = tuple[NDArray[np.float32], Array, NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]
@@ -95,7 +97,8 @@ class SurrogateVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32], Any
         self._controller.start()
         self._weights = self._controller.take(zeros, self._choices, self.trainer.info.num_domains)
         self._controller.start()
-        return observation, self._info(np.zeros_like(self._weights), None)
+        none = dict.fromkeys(self.reward_config.terms, 0.0)
+        return observation, self._info(np.zeros_like(self._weights), None, none)
 
     def step(self, actions: NDArray[np.float32]) -> Step:
         """One decision of each episode; after the last one, one step that resets and ignores the actions."""
@@ -125,10 +128,10 @@ class SurrogateVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32], Any
             diverged=False,
             uniform_end=self._uniform_end,
         )
-        reward, domain_rewards, _ = compute_terms(self.reward_config, outcome)
+        reward, domain_rewards, parts = compute_terms(self.reward_config, outcome)
         reward = np.full(self.num_envs, reward, dtype=self.dtype)
         truncated = np.full(self.num_envs, self._ended)
-        return observation, reward, self._nobody(), truncated, self._info(domain_rewards, window)
+        return observation, reward, self._nobody(), truncated, self._info(domain_rewards, window, parts)
 
     def _choose(self) -> Array | None:
         """(N, R) 1 for what actions may choose, or None for everything."""
@@ -172,12 +175,22 @@ class SurrogateVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32], Any
         drop: Array = before - self._uniform_objective
         return drop
 
-    def _info(self, domain_rewards: Array, window: StepStats | None) -> dict[str, Any]:
-        """Arrays with a row per episode, the same keys every step."""
+    def _info(self, domain_rewards: Array, window: StepStats | None, parts: Mapping[str, Any]) -> dict[str, Any]:
+        """Arrays with a row per episode, the same keys every step, those of `MixtureEnv`."""
+        shown = {
+            "step": self.observer.step,
+            "tokens": window.tokens if window else 0.0,
+            "clipped_frac": self.observer.clipped_frac,
+            "mixture_age": window.mixture_age if window else 0.0,
+            "diverged": 0.0,
+            **{f"reward_{name}": value for name, value in parts.items()},
+        }
         return {
             "domain_rewards": domain_rewards,
             "weights": self._weights,
+            "realised": window.realised if window else np.zeros_like(self._weights),
+            "losses": self.observer.losses,
+            "epochs": self.observer.epochs,
             "objective": self._objective,
-            "step": np.full(self.num_envs, float(self.observer.step)),
-            "clipped_frac": np.broadcast_to(self.observer.clipped_frac, (self.num_envs,)),
+            **{name: np.broadcast_to(np.asarray(value, self.dtype), (self.num_envs,)) for name, value in shown.items()},
         }

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from acodm_env.errors import ConfigError
 from acodm_env.mixture import softmax
-from acodm_env.trainer import Array, Mixer, RunInfo, StepStats
+from acodm_env.step_stats import Array, StepStats
+from acodm_env.trainer import Mixer, RunInfo
 
 PUBLISHED_HORIZON = 41_667
 """Optimiser steps of ODM's published runs."""

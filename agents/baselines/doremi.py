@@ -13,7 +13,8 @@ import numpy as np
 
 from acodm_env.errors import ConfigError
 from acodm_env.mixture import check_weights
-from acodm_env.trainer import Array, Mixer, RunInfo, RunRequest, RunResult, StepStats
+from acodm_env.step_stats import Array, StepStats
+from acodm_env.trainer import Mixer, RunInfo, RunRequest, RunResult
 
 from .options import positive
 from .static import Proportional, Static, Uniform

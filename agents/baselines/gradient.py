@@ -17,8 +17,8 @@ import numpy as np
 
 from acodm_env.errors import ConfigError
 from acodm_env.interaction import InteractionConfig, InteractionTracker, aligned
-from acodm_env.trainer import Array, Mixer, RunInfo, RunRequest, StepStats, merge
-from acodm_env.window import load_window, window_state
+from acodm_env.step_stats import Array, StepStats, load_window, merge, window_state
+from acodm_env.trainer import Mixer, RunInfo, RunRequest
 
 from .doremi import ProxyMean
 from .options import positive

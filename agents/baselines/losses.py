@@ -8,7 +8,8 @@ import numpy as np
 
 from acodm_env.errors import ConfigError, unknown
 from acodm_env.mixture import softmax
-from acodm_env.trainer import Array, Mixer, RunInfo, RunRequest, RunResult, StepStats
+from acodm_env.step_stats import Array, StepStats
+from acodm_env.trainer import Mixer, RunInfo, RunRequest, RunResult
 
 from .options import positive
 from .targets import domain_values, is_plain

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from acodm_env.errors import ConfigError
+from acodm_env.step_stats import Array, StepStats
 from acodm_env.support import own_weights
-from acodm_env.trainer import Array, Mixer, RunInfo, RunRequest, RunResult, StepStats
+from acodm_env.trainer import Mixer, RunInfo, RunRequest, RunResult
 
 from .options import positive, whole
 

@@ -5,10 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from acodm_env.errors import ConfigError
-from acodm_env.policy import SHIPPED, Policy, PolicyMixer, open_policy
+from acodm_env.policy.dense import Policy
+from acodm_env.policy.load import SHIPPED, open_policy
+from acodm_env.policy.mixer import PolicyMixer
 from acodm_env.trainer import RunInfo, RunRequest
 
 from .doremi import ProxyMean
+
+POLICY_ROWS = ("policy", "policy-untrained")
 
 
 class NamedPolicy(PolicyMixer):

@@ -16,9 +16,12 @@ import numpy as np
 
 from acodm_env.errors import ConfigError
 from acodm_env.files import read_json
-from acodm_env.trainer import Array, Mixer, RunInfo, StepStats
+from acodm_env.step_stats import Array, StepStats
+from acodm_env.trainer import Mixer, RunInfo
 
 from .static import Static, _Fixed
+
+MEAN_OF = "mean-of:"
 
 
 class _Planned(Mixer):

@@ -26,7 +26,8 @@ from acodm_env.errors import ConfigError, unknown
 from acodm_env.laws import MixingLaw, fit_law
 from acodm_env.mixture import check_weights
 from acodm_env.objective import marginal, value
-from acodm_env.trainer import Array, Mixer, RunInfo, RunRequest, RunResult
+from acodm_env.step_stats import Array
+from acodm_env.trainer import Mixer, RunInfo, RunRequest, RunResult
 
 from .options import whole
 

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from acodm_env.errors import ConfigError
-from acodm_env.trainer import Array, Mixer, RunInfo, StepStats
+from acodm_env.step_stats import Array, StepStats
+from acodm_env.trainer import Mixer, RunInfo
 
 from .doremi import Mixture, fixed_mixture
 

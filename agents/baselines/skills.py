@@ -14,7 +14,8 @@ import numpy as np
 
 from acodm_env.errors import ConfigError
 from acodm_env.mixture import softmax
-from acodm_env.trainer import Array, Mixer, RunInfo, RunRequest, RunResult, StepStats
+from acodm_env.step_stats import Array, StepStats
+from acodm_env.trainer import Mixer, RunInfo, RunRequest, RunResult
 
 from .options import positive, whole
 

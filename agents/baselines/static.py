@@ -13,7 +13,8 @@ import yaml
 from acodm_env.errors import ConfigError, unknown
 from acodm_env.mixture import check_weights
 from acodm_env.objective import weight
-from acodm_env.trainer import Array, Mixer, RunInfo
+from acodm_env.step_stats import Array
+from acodm_env.trainer import Mixer, RunInfo
 
 from .options import positive
 

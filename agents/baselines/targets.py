@@ -13,8 +13,9 @@ import numpy as np
 
 from acodm_env.errors import ConfigError
 from acodm_env.objective import marginal
+from acodm_env.step_stats import Array
 from acodm_env.support import own_weights, target_share
-from acodm_env.trainer import Array, RunInfo
+from acodm_env.trainer import RunInfo
 
 from .static import _Fixed
 

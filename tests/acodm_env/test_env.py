@@ -7,11 +7,11 @@ import pytest
 from gymnasium.utils.env_checker import check_env as gymnasium_check
 from stable_baselines3.common.env_checker import check_env as sb3_check
 
-from acodm_env.env import MixtureEnv, parse_reward
+from acodm_env.env import MixtureEnv
 from acodm_env.errors import ConfigError
 from acodm_env.interaction import InteractionConfig
 from acodm_env.mixture import ActionMap, Bounds
-from acodm_env.reward import RewardConfig
+from acodm_env.reward import RewardConfig, parse_reward
 from acodm_env.wrapper import Lagged
 from toy import ToyTrainer
 

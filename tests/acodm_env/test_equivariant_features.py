@@ -4,7 +4,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from acodm_env.equivariant import (
+from acodm_env.errors import ConfigError
+from acodm_env.observation import Observer
+from acodm_env.policy.equivariant import (
     PER_DOMAIN,
     SCALINGS,
     Scaling,
@@ -14,8 +16,6 @@ from acodm_env.equivariant import (
     scalings_of,
     split_mask,
 )
-from acodm_env.errors import ConfigError
-from acodm_env.observation import Observer
 from toy import ToyTrainer
 
 FIELDS = (("loss", PER_DOMAIN), ("progress", 1), ("epochs", PER_DOMAIN))

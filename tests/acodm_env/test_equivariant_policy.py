@@ -7,12 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from acodm_env.equivariant import PER_DOMAIN, EquivariantPolicy, Scaling, num_features, scalings_of
 from acodm_env.errors import PolicyError
 from acodm_env.files import read_json
 from acodm_env.interaction import InteractionConfig
 from acodm_env.mixture import ActionMap, Bounds
-from acodm_env.policy import Policy, PolicyMixer, scaled_interval
+from acodm_env.policy.dense import Policy
+from acodm_env.policy.equivariant import PER_DOMAIN, EquivariantPolicy, Scaling, num_features, scalings_of
+from acodm_env.policy.load import load_policy
+from acodm_env.policy.mixer import PolicyMixer, scaled_interval
 from acodm_env.trainer import drive
 from toy import ToyTrainer
 
@@ -186,7 +188,7 @@ def test_twice_the_domains_with_half_the_share_get_the_same_actions():
 
 def test_saved_and_loaded_policy_is_the_same(tmp_path):
     folder = POLICY.save(tmp_path / "policy")
-    loaded = Policy.load(folder)
+    loaded = load_policy(folder)
     assert isinstance(loaded, EquivariantPolicy)
     observation = flat(observe(np.random.default_rng(6), 11))
     np.testing.assert_array_equal(loaded.act(observation), POLICY.act(observation))
@@ -213,20 +215,20 @@ def test_edited_artifact_is_refused(tmp_path):
     file = folder / "policy.json"
     file.write_text(json.dumps(read_json(file) | {"encoder": 3}))
     with pytest.raises(PolicyError, match="checksum does not match"):
-        Policy.load(folder)
+        load_policy(folder)
     weights = POLICY.save(tmp_path / "other") / "policy.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4])
     with pytest.raises(PolicyError, match="cut short or edited"):
-        Policy.load(tmp_path / "other")
+        load_policy(tmp_path / "other")
 
 
 def test_layers_that_do_not_fit_are_refused(tmp_path):
     for encoder, message in ((1, r"\(16, 16\) does not follow 49"), (3, "does not follow")):
         with pytest.raises(PolicyError, match=message):
-            Policy.load(replace(POLICY, encoder=encoder).save(tmp_path / "policy"))
+            load_policy(replace(POLICY, encoder=encoder).save(tmp_path / "policy"))
     two = (np.zeros((2, 16), np.float32), np.zeros(2, np.float32), "identity")
     with pytest.raises(PolicyError, match="one logit per domain"):
-        Policy.load(replace(POLICY, layers=(*POLICY.layers[:3], two)).save(tmp_path / "policy"))
+        load_policy(replace(POLICY, layers=(*POLICY.layers[:3], two)).save(tmp_path / "policy"))
 
 
 def test_fingerprint_is_what_the_policy_does_not_where_it_comes_from():

@@ -3,7 +3,7 @@ import pytest
 
 from acodm_env.errors import ConfigError
 from acodm_env.interaction import InteractionConfig, InteractionTracker
-from acodm_env.trainer import StepStats
+from acodm_env.step_stats import StepStats
 from toy import ToyGradients
 
 

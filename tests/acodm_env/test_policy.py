@@ -9,7 +9,9 @@ from acodm_env.files import read_json
 from acodm_env.interaction import InteractionConfig
 from acodm_env.mixture import ActionMap, Bounds
 from acodm_env.observation import Observer
-from acodm_env.policy import Policy, PolicyMixer, scaled_interval
+from acodm_env.policy.dense import Policy
+from acodm_env.policy.load import load_policy
+from acodm_env.policy.mixer import PolicyMixer, scaled_interval
 from acodm_env.trainer import drive
 from toy import ToyTrainer
 
@@ -81,14 +83,14 @@ def test_layer_normalisation_by_hand():
 
 def test_layer_normalisation_is_saved_and_checked(trainer, tmp_path):
     policy = normalised_policy(trainer.info)
-    loaded = Policy.load(policy.save(tmp_path / "policy"))
+    loaded = load_policy(policy.save(tmp_path / "policy"))
     observation = np.linspace(0, 1, 7, dtype=np.float32)
     np.testing.assert_array_equal(policy.act(observation), loaded.act(observation))
     assert loaded.fingerprint == policy.fingerprint
     short = (policy.layers[0], (np.ones(7, np.float32), np.zeros(7, np.float32), "relu"), policy.layers[2])
     folder = make_policy(trainer.info, ("loss", "epochs", "progress"), short).save(tmp_path / "short")
     with pytest.raises(PolicyError, match=r"layer \(7,\) does not follow 8 inputs"):
-        Policy.load(folder)
+        load_policy(folder)
 
 
 def test_untrained_layer_normalisation_is_the_identity(trainer):
@@ -100,7 +102,7 @@ def test_untrained_layer_normalisation_is_the_identity(trainer):
 
 def test_saved_and_loaded_policy_is_the_same(trainer, tmp_path):
     policy = make_policy(trainer.info)
-    loaded = Policy.load(policy.save(tmp_path / "policy"))
+    loaded = load_policy(policy.save(tmp_path / "policy"))
     observation = np.linspace(0, 1, 4, dtype=np.float32)
     np.testing.assert_array_equal(policy.act(observation), loaded.act(observation))
     assert (loaded.domains, loaded.fields, loaded.action) == (policy.domains, policy.fields, policy.action)
@@ -128,7 +130,7 @@ def test_edited_json_is_refused(trainer, tmp_path):
     folder = make_policy(trainer.info).save(tmp_path / "policy")
     edit_json(folder, decision_every=7)
     with pytest.raises(PolicyError, match="checksum does not match"):
-        Policy.load(folder)
+        load_policy(folder)
 
 
 def seal(folder, **changes):
@@ -143,21 +145,21 @@ def test_policies_from_before_there_were_architectures_are_dense(trainer, tmp_pa
     folder = make_policy(trainer.info).save(tmp_path / "policy")
     assert read_json(folder / "policy.json")["architecture"] == "dense"
     seal(folder, architecture=None)
-    assert Policy.load(folder).fingerprint == make_policy(trainer.info).fingerprint
+    assert load_policy(folder).fingerprint == make_policy(trainer.info).fingerprint
 
 
 def test_unknown_architecture_is_refused(trainer, tmp_path):
     folder = make_policy(trainer.info).save(tmp_path / "policy")
     seal(folder, architecture="transformer")
     with pytest.raises(PolicyError, match="architecture='transformer': must be dense or equivariant"):
-        Policy.load(folder)
+        load_policy(folder)
 
 
 def test_other_format_version_is_refused(trainer, tmp_path):
     folder = make_policy(trainer.info).save(tmp_path / "policy")
     edit_json(folder, format_version=99)
     with pytest.raises(PolicyError, match="format_version=99"):
-        Policy.load(folder)
+        load_policy(folder)
 
 
 def test_edited_or_truncated_weights_are_refused(trainer, tmp_path):
@@ -165,12 +167,12 @@ def test_edited_or_truncated_weights_are_refused(trainer, tmp_path):
     weights = folder / "policy.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4])
     with pytest.raises(PolicyError, match="cut short or edited"):
-        Policy.load(folder)
+        load_policy(folder)
 
 
 def test_missing_policy_is_a_data_error(tmp_path):
     with pytest.raises(DataError, match="no such file"):
-        Policy.load(tmp_path)
+        load_policy(tmp_path)
 
 
 def test_other_domains_are_refused_by_name(trainer):

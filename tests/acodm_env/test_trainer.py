@@ -5,7 +5,8 @@ import pytest
 
 from acodm_env.errors import ConfigError
 from acodm_env.files import read_state, write_state
-from acodm_env.trainer import Mixer, RunInfo, StepStats, Trainer, drive, merge
+from acodm_env.step_stats import StepStats, merge
+from acodm_env.trainer import Mixer, RunInfo, Trainer, drive
 from acodm_env.wrapper import Lagged
 
 INFO = RunInfo(

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from acodm_env.observation import Observer
-from acodm_env.trainer import RunInfo, StepStats
+from acodm_env.step_stats import StepStats
+from acodm_env.trainer import RunInfo
 from acodm_env.view import CLIP_SLOPE, GENERAL_FIELDS, PER_ROW, PER_RUN, View, slope
 
 INFO = RunInfo(

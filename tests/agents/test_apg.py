@@ -10,7 +10,7 @@ from acodm_env.agents import apg
 from acodm_env.errors import ConfigError
 from acodm_env.mixture import Controller
 from acodm_env.observation import Observer
-from acodm_env.policy import Policy
+from acodm_env.policy.load import load_policy
 from acodm_env.surrogate.problem_trainer import ProblemTrainer
 from acodm_env.surrogate.problems import ProblemFamily
 
@@ -83,7 +83,7 @@ def test_an_untrained_actor_is_uniform_and_survives_its_file(tmp_path):
     played = apg.play(problems, apg.deciding(actor), 4, 0.0)
     torch.testing.assert_close(played.mixtures[-1], apg.uniform(problems))
     policy = actor.policy(20, 28, {"a": 1})
-    assert Policy.load(policy.save(tmp_path / "p")).fingerprint == policy.fingerprint
+    assert load_policy(policy.save(tmp_path / "p")).fingerprint == policy.fingerprint
 
 
 @pytest.mark.parametrize("settings", [{"iterations": 0}, {"fields": ("loss",)}])

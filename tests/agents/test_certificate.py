@@ -10,7 +10,7 @@ from acodm_env.agents.certificate import Certificate, Gain, fresh_seeds, gain, h
 from acodm_env.errors import ConfigError, DataError, PolicyError
 from acodm_env.interaction import InteractionConfig
 from acodm_env.mixture import ActionMap, Bounds
-from acodm_env.policy import Policy
+from acodm_env.policy.dense import Policy
 
 POLICY = Policy(
     domains=("a", "b"),

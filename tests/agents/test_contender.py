@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from acodm_env.agents.contender import Contender, learn
+from acodm_env.agents.surrogate_learner import Contender, learn
 from acodm_env.errors import ConfigError
-from acodm_env.policy import PolicyMixer
+from acodm_env.policy.mixer import PolicyMixer
 from acodm_env.surrogate.oracle import best_schedule, final_objective
 from acodm_env.surrogate.surface import Surface
 from acodm_env.surrogate.trainer import SurrogateTrainer

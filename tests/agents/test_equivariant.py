@@ -14,10 +14,11 @@ from acodm_env.agents.equivariant import EquivariantTD3, EquivariantTD3Policy
 from acodm_env.agents.export import export, parity, to_policy
 from acodm_env.agents.penalty import LogitPenalty
 from acodm_env.env import MixtureEnv
-from acodm_env.equivariant import EquivariantPolicy
 from acodm_env.errors import ConfigError, PolicyError
 from acodm_env.mixture import ActionMap, softmax
-from acodm_env.policy import Policy, PolicyMixer
+from acodm_env.policy.equivariant import EquivariantPolicy
+from acodm_env.policy.load import load_policy
+from acodm_env.policy.mixer import PolicyMixer
 from acodm_env.reward import RewardConfig
 from acodm_env.trainer import drive
 from toy import ToyTrainer
@@ -168,7 +169,7 @@ def test_exported_policy_does_what_the_agent_does(fields, tmp_path):
     model, venv, env = agent(fields=fields, policy_kwargs={"net_arch": [16], "scaling": {"loss": {"scale": 3.0}}})
     policy = to_policy(model, venv, env, {"note": "test"})
     assert export(policy, tmp_path / "policy", model, venv) <= 1e-5
-    loaded = Policy.load(tmp_path / "policy")
+    loaded = load_policy(tmp_path / "policy")
     assert isinstance(loaded, EquivariantPolicy)
     assert [name for name, _ in loaded.fields] == [name for name in fields if name != "mask"]
     assert loaded.scalings["loss"].scale == 3.0
@@ -238,7 +239,7 @@ def test_layer_normalised_actors_are_exported(venv, tmp_path):
     layer_norm(model.policy, 24)
     policy = to_policy(model, venv, env, {})
     assert export(policy, tmp_path / "policy", model, venv) <= 1e-5
-    assert [weight.shape for weight, _, _ in Policy.load(tmp_path / "policy").layers] == [(24, 29), (24,), (7, 24)]
+    assert [weight.shape for weight, _, _ in load_policy(tmp_path / "policy").layers] == [(24, 29), (24,), (7, 24)]
 
 
 def test_layer_normalisation_with_another_epsilon_is_refused():

@@ -6,16 +6,16 @@ import torch
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import VecNormalize
 
-from acodm_env.agents.contender import Contender, learn
 from acodm_env.agents.equivariant_ppo import EquivariantPPO
 from acodm_env.agents.export import export, to_policy
 from acodm_env.agents.initial import begin_with, environment_for, frozen_actor, hidden_of
 from acodm_env.agents.noise import PersistentNoise
 from acodm_env.agents.sb3 import make_agent, normalised
+from acodm_env.agents.surrogate_learner import Contender, learn
 from acodm_env.agents.vector import ArrayVecEnv
-from acodm_env.equivariant import split_mask
 from acodm_env.errors import ConfigError, PolicyError
-from acodm_env.policy import Policy
+from acodm_env.policy.equivariant import split_mask
+from acodm_env.policy.load import load_policy
 from acodm_env.surrogate.env import SurrogateEnv
 from acodm_env.surrogate.vector import SurrogateVectorEnv
 
@@ -113,7 +113,7 @@ def test_exported_policies_fit_other_numbers_of_domains(algo, tmp_path):
         settings |= {"gradient_steps": 2, "batch_size": 16, "buffer_size": 960}
     contender = Contender(algo=algo, agent={"settings": settings | {"n_envs": 16, "n_timesteps": 200}})
     learned = learn(contender, ENV, seed=0)
-    loaded = Policy.load(learned.policy.save(tmp_path / "policy"))
+    loaded = load_policy(learned.policy.save(tmp_path / "policy"))
     assert loaded.probe_sequences == 28
     wide = SurrogateVectorEnv(4, **(ENV | {"problems": {"num_domains": [11, 11]}}), fields=None)
     observation, _ = wide.reset(seed=0)

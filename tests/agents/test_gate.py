@@ -15,13 +15,13 @@ from acodm_env.agents.gate import (
     check_value,
     judge,
 )
-from acodm_env.agents.trial import Answers, Played, answer, imagined_run, play, sweep
-from acodm_env.equivariant import PER_DOMAIN, EquivariantPolicy, scalings_of
+from acodm_env.agents.gate_rollouts import Answers, Played, answer, imagined_run, play, sweep
 from acodm_env.errors import ConfigError
 from acodm_env.interaction import InteractionConfig
 from acodm_env.mixture import ActionMap, Bounds
 from acodm_env.observation import Observer
-from acodm_env.policy import Policy
+from acodm_env.policy.dense import Policy
+from acodm_env.policy.equivariant import PER_DOMAIN, EquivariantPolicy, scalings_of
 from acodm_env.surrogate.surface import Surface
 from acodm_env.surrogate.trainer import SurrogateTrainer
 

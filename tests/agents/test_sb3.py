@@ -13,7 +13,7 @@ from acodm_env.agents.sb3 import AgentRecipe, build_agent, env_id_of, make_agent
 from acodm_env.agents.vector import ArrayVecEnv
 from acodm_env.env import MixtureEnv
 from acodm_env.errors import ConfigError, DataError
-from acodm_env.policy import Policy
+from acodm_env.policy.load import load_policy
 from acodm_env.reward import RewardConfig
 from acodm_env.surrogate.env import SurrogateEnv
 from acodm_env.surrogate.vector import SurrogateVectorEnv
@@ -77,7 +77,7 @@ def test_every_algorithm_learns_exports_and_reloads_exactly(algo, tmp_path):
     policy = run.policy({"note": "test"})
     error = export(policy, tmp_path / "policy", run.agent, run.venv)
     assert error <= 1e-5
-    loaded = Policy.load(tmp_path / "policy")
+    loaded = load_policy(tmp_path / "policy")
     assert loaded.domains == (() if algo.startswith("equivariant") else ("domain0", "domain1", "domain2"))
     assert parity(loaded, run.agent, run.venv) == error
     assert loaded.provenance["note"] == "test"

@@ -9,15 +9,16 @@ from fake_benchmark import fake_benchmark
 from plugin import tiny
 
 from acodm_env.errors import ConfigError
-from acodm_env.experiments.benchmark import BenchmarkConfig, make_plan
-from acodm_env.experiments.benchmark_settings import objective_name, shared_settings
-from acodm_env.experiments.cell import _running_cost, run_cell, stores
-from acodm_env.experiments.comparison import load
-from acodm_env.experiments.crossing import steps_ratio
-from acodm_env.experiments.report import render
-from acodm_env.experiments.results import judged
-from acodm_env.experiments.runs import measured_tokens
-from acodm_env.experiments.summary import summarise, table_text
+from acodm_env.experiments.benchmark.config import BenchmarkConfig
+from acodm_env.experiments.benchmark.jobs import _running_cost, run_cell, stores
+from acodm_env.experiments.benchmark.planning import make_plan
+from acodm_env.experiments.benchmark.settings import shared_settings
+from acodm_env.experiments.comparison.crossing import steps_ratio
+from acodm_env.experiments.comparison.load import load
+from acodm_env.experiments.comparison.summary import summarise, table_text
+from acodm_env.experiments.report.command import render
+from acodm_env.experiments.run.loop import measured_tokens
+from acodm_env.experiments.run.results import judged, objective_name
 from acodm_env.trainer import Mixer, RunInfo
 
 

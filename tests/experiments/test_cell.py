@@ -12,14 +12,15 @@ from general_policy import general
 from plugin import install, tiny
 
 from acodm_env.errors import AcodmError
-from acodm_env.experiments.benchmark import BenchmarkConfig, make_plan
-from acodm_env.experiments.cell import guarded, run_cell, state_of
-from acodm_env.experiments.running import unfinished
-from acodm_env.experiments.runs import run_mixer
+from acodm_env.experiments.benchmark.config import BenchmarkConfig
+from acodm_env.experiments.benchmark.jobs import guarded, run_cell, state_of
+from acodm_env.experiments.benchmark.planning import make_plan
+from acodm_env.experiments.benchmark.scheduler import unfinished
+from acodm_env.experiments.run.loop import run_mixer
 from acodm_env.files import sha256
 from acodm_env.interaction import InteractionConfig
 from acodm_env.mixture import ActionMap, Bounds
-from acodm_env.policy import Policy
+from acodm_env.policy.dense import Policy
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -125,7 +126,7 @@ def test_any_damage_to_a_result_is_seen(done, tmp_path, text):
 
 
 def test_a_killed_cell_goes_on_to_the_same_result(done, tiny_corpus, tmp_path, monkeypatch):
-    import acodm_env.experiments.cell as cells
+    import acodm_env.experiments.benchmark.jobs as cells
 
     out = tmp_path / "b"
     settings = tiny(tiny_corpus, out, mixers="wander,two-stage,proportional")
@@ -273,7 +274,7 @@ def test_a_policy_is_charged_for_its_learning_and_its_untrained_control_is_not(t
 
 
 def test_models_are_kept_where_that_is_asked_for(tiny_corpus, tmp_path):
-    from acodm_env.experiments.evaluation_subjects import find_subjects
+    from acodm_env.experiments.evaluation.subjects import find_subjects
 
     settings = tiny(tiny_corpus, tmp_path / "b", mixers="uniform", seeds="1", mean_of=False, keep_models=True)
     plan = make_plan(BenchmarkConfig(**settings), tmp_path / "b")

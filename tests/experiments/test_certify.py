@@ -9,10 +9,11 @@ from general_policy import general
 
 from acodm_env.agents.certificate import Certificate
 from acodm_env.corpus.problem import choose_problem
-from acodm_env.experiments import cli, gate
-from acodm_env.experiments.certify import Conditions, _as_often, _Trial
-from acodm_env.experiments.run_folder import RunFolder
-from acodm_env.policy import Policy
+from acodm_env.experiments import cli
+from acodm_env.experiments.policy import gate
+from acodm_env.experiments.policy.certify import Conditions, _as_often, _Trial
+from acodm_env.experiments.run.folder import RunFolder
+from acodm_env.policy.load import load_policy
 
 PROXY = ["--proxy", "tiny", "--steps", 8, "--batch_size", 6, "--sequence_length", 32, "--eval_sequences", 4]
 AIM = ["--targets", "verbs"]
@@ -68,7 +69,7 @@ def certificate(policy, tiny_corpus, tmp_path_factory):
 
 def test_it_holds_what_it_rests_on(certificate, policy, tiny_store):
     found = Certificate.load(certificate)
-    assert found.policy == Policy.load(policy).fingerprint
+    assert found.policy == load_policy(policy).fingerprint
     assert found.corpus_fingerprint == tiny_store.fingerprint
     assert (found.targets, found.objective, found.metric) == (["verbs"], [1.0], "loss")
     assert len(found.seeds) == 2
@@ -120,7 +121,7 @@ def test_transfer_applies_the_verdict(verdict, mixer, decided, policy, tiny_corp
     result = json.loads((out / "result.json").read_text())
     assert (result["mixer"], result["in_force"], result["certificate"]["verdict"]) == (mixer, mixer, verdict)
     config = result["config"]
-    assert (config["certificate"], config["policy"]) == (verdict, Policy.load(policy).fingerprint)
+    assert (config["certificate"], config["policy"]) == (verdict, load_policy(policy).fingerprint)
     assert not {"certify", "proxy", "proxy_steps", "proxy_seeds"} & config.keys()
     requested = [json.loads(line)["requested"] for line in (out / "stats.jsonl").read_text().splitlines()]
     spread = max(max(one) - min(one) for one in requested)

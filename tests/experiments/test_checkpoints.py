@@ -9,7 +9,7 @@ import pytest
 
 from acodm_env import files
 from acodm_env.errors import ConfigError, DataError
-from acodm_env.experiments.checkpoints import MANIFEST, STATE, Checkpoints
+from acodm_env.experiments.run.checkpoints import MANIFEST, STATE, Checkpoints
 from acodm_env.files import read_json, write_json
 
 IDENTITY = {"target": "tiny", "seed": 0}

@@ -1,6 +1,8 @@
+import importlib
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -119,6 +121,27 @@ def test_killed_and_resumed_training_equals_uninterrupted_bit_for_bit(tiny_corpu
 
 
 @pytest.mark.parametrize("command", sorted(cli.COMMANDS))
+def test_no_command_does_nothing_silently_when_its_module_is_run(command):
+    module = importlib.import_module(f"acodm_env.experiments.{cli.COMMANDS[command][0]}")
+    last = Path(str(module.__file__)).read_text(encoding="utf-8").splitlines()[-2:]
+    assert last[0] == 'if __name__ == "__main__":'
+    assert f'python -m acodm_env {command}"' in last[1]
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [("acodm_env", ""), ("acodm_env.experiments.transfer", "say -m acodm_env transfer")],
+    ids=["the package", "the former module"],
+)
+def test_modules_that_are_the_command_line(module, said):
+    arguments = ["transfer", "--steps", "x"] if module == "acodm_env" else ["--steps", "x"]
+    ended = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2
+    assert "acodm: " in ended.stderr
+    assert said in ended.stderr
+
+
+@pytest.mark.parametrize("command", sorted(cli.COMMANDS))
 def test_help_lists_defaults_out_seed_and_quiet(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([command, "--help"])
@@ -200,8 +223,8 @@ def test_overview_and_version(capsys):
 
 
 def test_folders_stand_before_or_after_the_flags():
-    from acodm_env.experiments.mixture import MixtureConfig
-    from acodm_env.experiments.report import ReportConfig
+    from acodm_env.experiments.report.command import ReportConfig
+    from acodm_env.experiments.run.mixture import MixtureConfig
 
     for arguments in (["a", "b", "--csv"], ["--csv", "a", "b"], ["--out", "x.html", "a", "b", "--csv"]):
         assert cli._flags(ReportConfig, arguments)[0] == '--runs=["a", "b"]'

@@ -6,8 +6,8 @@ import pytest
 from fake_benchmark import BATCH, COMMIT, DOMAINS, LENGTH, MIXERS, fake_benchmark, fake_transfer, plan_cells
 
 from acodm_env.errors import ConfigError
-from acodm_env.experiments.comparison import load
-from acodm_env.experiments.plan import Cell
+from acodm_env.experiments.benchmark.plan import Cell
+from acodm_env.experiments.comparison.load import load
 
 
 def edit(path, change):

@@ -9,10 +9,13 @@ import pytest
 
 from acodm_env.agents.apg import ApgConfig
 from acodm_env.errors import ConfigError
-from acodm_env.experiments import cli, contest_cells
-from acodm_env.experiments.contest import ContestConfig, run
-from acodm_env.experiments.train import TrainConfig, make_learner
-from acodm_env.policy import Policy
+from acodm_env.experiments import cli
+from acodm_env.experiments.policy.config import TrainConfig
+from acodm_env.experiments.policy.train import make_learner
+from acodm_env.experiments.surrogate import contest_jobs as contest_cells
+from acodm_env.experiments.surrogate.contest import run
+from acodm_env.experiments.surrogate.contest_config import ContestConfig
+from acodm_env.policy.load import load_policy
 
 PROBLEMS = {"num_domains": [3, 4], "decisions": [4, 5]}
 QUICK = {"problems": PROBLEMS, "decisions": 4, "unseen": 24, "minutes": 0.02, "seeds": 1, "quiet": True}
@@ -37,7 +40,7 @@ def test_learners_and_rules_stand_in_one_table_and_are_not_learned_twice(tmp_pat
     assert float(rows["uniform"]["share"]) == pytest.approx(0, abs=1e-3)
     assert float(rows["best static"]["share"]) == 1
     assert all(float(row["share"]) < 1.2 for row in rows.values())
-    policy = Policy.load(tmp_path / "run" / "policies" / "equivariant-ppo@apg-0")
+    policy = load_policy(tmp_path / "run" / "policies" / "equivariant-ppo@apg-0")
     assert policy.domains == ()
     before = "equivariant-ppo@apg, last" if policy.provenance["algo"] == "equivariant-ppo" else "apg"
     assert rows["equivariant-ppo@apg"]["share"] == rows[before]["share"]  # it or what it began with
@@ -70,7 +73,7 @@ def test_ablation_leaves_out_a_field_each(tmp_path, capsys, small, monkeypatch):
     run(ContestConfig(ablate=True, out=str(tmp_path / "run"), **QUICK))
     printed = capsys.readouterr().out
     assert all(f"without {name}" in printed for name in ("size", "elasticity", "progress"))
-    policy = Policy.load(tmp_path / "run" / "policies" / "without-size-0")
+    policy = load_policy(tmp_path / "run" / "policies" / "without-size-0")
     assert [name for name, _ in policy.fields] == ["elasticity", "progress"]
 
 
@@ -117,13 +120,13 @@ def test_apg_by_command_writes_a_policy_and_prints_it_again(tmp_path, capsys):
     assert acodm(*command) == 0
     printed = capsys.readouterr().out
     assert "unseen_share" in printed
-    policy = Policy.load(tmp_path / "run" / "policy")
+    policy = load_policy(tmp_path / "run" / "policy")
     assert (policy.action.rate, policy.probe_sequences) == (0.0, 28)
     assert "## What it sees" in (tmp_path / "run" / "policy" / "README.md").read_text()
     assert acodm(*command) == 0
     assert capsys.readouterr().out == printed
     assert acodm(*command[:-1], tmp_path / "other", "--seed", 1) == 0
-    assert Policy.load(tmp_path / "other" / "policy").fingerprint != policy.fingerprint
+    assert load_policy(tmp_path / "other" / "policy").fingerprint != policy.fingerprint
 
 
 @pytest.mark.parametrize(
@@ -155,7 +158,7 @@ def test_learning_on_a_proxy_begins_with_the_policy(tmp_path, tiny_corpus):
         eval_sequences=2, out=str(tmp_path / "run"),
     )  # fmt: skip
     learner = make_learner(config)
-    policy = Policy.load(tmp_path / "apg" / "policy")
+    policy = load_policy(tmp_path / "apg" / "policy")
     begun = learner.policy({})
     for (one, bias, _), (other, other_bias, _) in zip(begun.layers, policy.layers, strict=True):
         np.testing.assert_array_equal(one, other)

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from acodm_env.agents.baselines import make_mixer
-from acodm_env.experiments.cost import cost, peak_flops, peak_memory_bytes, run_cost, utilisation
-from acodm_env.experiments.run_folder import RunFolder
-from acodm_env.experiments.runs import run_mixer
+from acodm_env.experiments.run.accounting import cost, peak_flops, peak_memory_bytes, run_cost, utilisation
+from acodm_env.experiments.run.folder import RunFolder
+from acodm_env.experiments.run.loop import run_mixer
 from toy import ToyTrainer
 
 STEP = {"seconds": 0.5, "seconds_data": 0.01, "seconds_train": 0.4, "seconds_probe": 0.02, "seconds_decision": 0.03}

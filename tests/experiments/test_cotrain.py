@@ -15,7 +15,7 @@ import torch
 
 from acodm_env.experiments import cli
 from acodm_env.files import read_state
-from acodm_env.policy import Policy
+from acodm_env.policy.load import load_policy
 
 SIZES = ["--target", "tiny", "--batch_size", "6", "--sequence_length", "32", "--evaluations", "3", "--quiet"]
 AGENT = ["--agent", '{"batch_size": 4, "hidden": [8]}', "--start_decisions", "3", "--pretrain_steps", "2"]
@@ -53,14 +53,14 @@ def test_a_folder_like_a_target_runs(tiny_corpus, tmp_path, capsys):
         result["learning"]["updates"] == 2 + 8 * 2
     )  # the critic before it acts; then 2 a decision, not after the last
     assert result["learning"]["export_error"] < 1e-5
-    assert Policy.load(out / "policy").decision_every == 1
+    assert load_policy(out / "policy").decision_every == 1
     assert (out / "model" / "model.safetensors").exists()
 
 
 def test_learning_counts_and_saving_does_not(tiny_corpus, tmp_path, monkeypatch):
     """Three checkpoints are written between what was learned and the step after; the last step teaches nothing."""
     from acodm_env.agents.cotraining import Cotrainer
-    from acodm_env.experiments.checkpoints import Checkpoints
+    from acodm_env.experiments.run.checkpoints import Checkpoints
 
     def slow(seconds, call):
         def slowed(*arguments):
@@ -95,7 +95,7 @@ def test_the_operators_hand(tiny_corpus, tmp_path):
 
 
 def test_sigterm_while_the_corpus_is_opened_is_not_lost(tiny_corpus, tmp_path, monkeypatch, capsys):
-    from acodm_env.experiments import cotrain as command
+    from acodm_env.experiments.target import cotrain as command
 
     original = command.open_store
     monkeypatch.setattr(command, "open_store", lambda config: signal.raise_signal(signal.SIGTERM) or original(config))
@@ -150,7 +150,7 @@ SETTINGS = ["--decision_every", "2", "--steps", "14", "--checkpoint_every", "4"]
 
 def at_step(monkeypatch, step, act):
     """Have `act` called just after the line of optimiser step `step` is written."""
-    from acodm_env.experiments.run_folder import RunFolder
+    from acodm_env.experiments.run.folder import RunFolder
 
     append = RunFolder.append
 
@@ -197,7 +197,7 @@ def test_sigterm_saves_within_a_step_of_two_and_ends_well(whole, tiny_corpus, tm
 
 
 def test_killed_while_the_policy_is_written_it_trains_nothing_again(whole, tiny_corpus, tmp_path, monkeypatch):
-    from acodm_env.experiments import cotrain as command
+    from acodm_env.experiments.target import cotrain as command
     from acodm_env.pretrain.trainer import LMTrainer
 
     def interrupt(*arguments):
@@ -215,7 +215,7 @@ def test_mixtures_that_take_effect_late_are_seen_and_survive_a_kill(tiny_corpus,
     settings = [*SETTINGS, "--prefetch", "2", "--accumulation", "2"]
     assert cotrain(tiny_corpus, tmp_path / "whole", *settings) == 0
     assert {record["mixture_age"] for record in lines(tmp_path / "whole")} == {2.0}
-    assert Policy.load(tmp_path / "whole" / "policy").lag == 2
+    assert load_policy(tmp_path / "whole" / "policy").lag == 2
     at_step(monkeypatch, 9, lambda: signal.raise_signal(signal.SIGTERM))
     assert cotrain(tiny_corpus, tmp_path / "cut", *settings) == 0
     monkeypatch.undo()
@@ -294,7 +294,7 @@ def test_diverged_target_ends_with_a_result(tiny_corpus, tmp_path, capsys):
 
 
 def test_start_is_a_tenth_and_at_most_the_papers():
-    from acodm_env.experiments.cotrain import CotrainConfig
+    from acodm_env.experiments.target.cotrain import CotrainConfig
 
     assert CotrainConfig(steps=300, decision_every=2).start_decisions == 15
     assert CotrainConfig(steps=41_667).start_decisions == 833
@@ -305,7 +305,7 @@ def launch(world, corpus, out, *arguments):
     launcher = [sys.executable, "-m"]
     if world > 1:
         launcher += ["torch.distributed.run", "--nproc_per_node", str(world), "--standalone", "-m"]
-    command = ["acodm_env.experiments.cotrain", "--corpus", str(corpus), *SIZES, *AGENT, "--device", "cpu"]
+    command = ["acodm_env.experiments.target.cotrain", "--corpus", str(corpus), *SIZES, *AGENT, "--device", "cpu"]
     return subprocess.Popen(
         [*launcher, *command, "--out", str(out), *map(str, arguments)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},

@@ -26,7 +26,7 @@ def environment(tmp_path_factory):
 
 
 def acodm(environment, *arguments, **popen):
-    command = [sys.executable, "-m", "acodm_env.experiments.cli", *arguments]
+    command = [sys.executable, "-m", "acodm_env", *arguments]
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/", **popen
     )

@@ -27,10 +27,10 @@ def measuring(monkeypatch):
     """Loading, perplexity and harness replaced by what counts its calls."""
     fake = Measuring()
     own = ("check_tasks", "run_tasks", "harness_version", "data_checksums")
-    modules = {"loading": ("load_model",), "perplexity": ("score_perplexity",), "harness": own}
+    modules = {"loading": ("load_model",), "perplexity": ("score_perplexity",), "harness.run": own}
     for module, names in modules.items():
         for name in names:
-            monkeypatch.setattr(f"acodm_env.evaluation.{module}.{name}", getattr(fake, name))
+            monkeypatch.setattr(f"acodm_env.experiments.evaluation.{module}.{name}", getattr(fake, name))
     return fake
 
 
@@ -173,8 +173,8 @@ def test_shots_are_for_tasks_that_have_them(measuring, runs, capsys):
 
 
 def test_a_bar_ends_with_its_task(measuring, monkeypatch):
-    from acodm_env.experiments import evaluation_job
-    from acodm_env.experiments.evaluate import EvaluateConfig
+    from acodm_env.experiments.evaluation import job as evaluation_job
+    from acodm_env.experiments.evaluation.config import EvaluateConfig
 
     made = []
 
@@ -313,7 +313,7 @@ def test_help_has_units_and_extras(capsys):
 
 
 def test_switches_and_folders_in_any_order():
-    from acodm_env.experiments.evaluate import EvaluateConfig
+    from acodm_env.experiments.evaluation.config import EvaluateConfig
 
     flags = cli._flags(EvaluateConfig, ["--tasks", "humaneval", "--allow-code-execution", "a", "--compare", "b"])
     assert flags[0] == '--runs=["a", "b"]'

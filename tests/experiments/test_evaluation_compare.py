@@ -8,15 +8,15 @@ import pytest
 from fake_evaluation import choice_scores, text_scores
 
 from acodm_env.errors import ConfigError
-from acodm_env.experiments.evaluation_compare import (
+from acodm_env.experiments.evaluation.compare import (
     BOTH_AT_CHANCE,
     NO_DIFFERENCE,
     compare,
     compare_all,
     write_comparison,
 )
-from acodm_env.experiments.evaluation_folder import Stored
-from acodm_env.experiments.evaluation_items import sign_test
+from acodm_env.experiments.evaluation.items import sign_test
+from acodm_env.experiments.evaluation.store import Stored
 from acodm_env.files import read_json
 
 

@@ -6,10 +6,10 @@ import pytest
 from fake_evaluation import choice_scores, text_scores
 
 from acodm_env.errors import ConfigError, DataError
-from acodm_env.evaluation.scores import AT, Metric, TaskScores
-from acodm_env.experiments.evaluation_folder import Results, Stored, result_name
-from acodm_env.experiments.evaluation_subjects import find_subjects
-from acodm_env.experiments.evaluation_table import remarks
+from acodm_env.experiments.evaluation.scores import AT, Metric, TaskScores
+from acodm_env.experiments.evaluation.store import Results, Stored, result_name
+from acodm_env.experiments.evaluation.subjects import find_subjects
+from acodm_env.experiments.evaluation.table import remarks
 from acodm_env.files import read_json, write_json
 
 

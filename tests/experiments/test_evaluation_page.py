@@ -7,10 +7,10 @@ import pytest
 from fake_benchmark import DOMAINS, fake_benchmark, fake_transfer
 from fake_evaluation import choice_scores, text_scores
 
-from acodm_env.experiments.comparison import load
-from acodm_env.experiments.evaluation_folder import Results
-from acodm_env.experiments.page_evaluation import evaluation_section
-from acodm_env.experiments.summary import summarise
+from acodm_env.experiments.comparison.load import load
+from acodm_env.experiments.comparison.summary import summarise
+from acodm_env.experiments.evaluation.store import Results
+from acodm_env.experiments.report.evaluation import evaluation_section
 
 
 def words(page):
@@ -148,7 +148,7 @@ def test_a_file_that_is_not_whole_is_said(pair):
 
 def test_names_are_escaped_and_the_whole_page_holds_the_section(pair):
     pytest.importorskip("plotly", reason="plotly is not installed")
-    from acodm_env.experiments.report import render
+    from acodm_env.experiments.report.command import render
 
     scores = choice_scores([1.0, 0.0], name="<b>acc</b>")
     Results(pair[0]).save(scores, identity("odd"), {})

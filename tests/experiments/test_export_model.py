@@ -11,11 +11,13 @@ from tokenizers import Tokenizer
 
 from acodm_env.corpus.tokens import TokenStore
 from acodm_env.errors import ConfigError, DataError
-from acodm_env.experiments import cli, export_model
-from acodm_env.experiments.benchmark import BenchmarkConfig, make_plan
-from acodm_env.experiments.cell import run_cell
-from acodm_env.experiments.export_model import MODEL_FILES, ExportModelConfig, read_trained
-from acodm_env.experiments.model_card import mixture_used
+from acodm_env.experiments import cli
+from acodm_env.experiments.benchmark.config import BenchmarkConfig
+from acodm_env.experiments.benchmark.jobs import run_cell
+from acodm_env.experiments.benchmark.planning import make_plan
+from acodm_env.experiments.publish import export_model
+from acodm_env.experiments.publish.export_model import MODEL_FILES, ExportModelConfig, read_trained
+from acodm_env.experiments.publish.model_card import mixture_used
 
 SIZES = ["--target", "tiny", "--batch_size", "6", "--sequence_length", "32", "--evaluations", "2", "--quiet"]
 

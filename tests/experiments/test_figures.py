@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from fake_benchmark import fake_benchmark
 
-from acodm_env.experiments.comparison import load
-from acodm_env.experiments.figure_style import DASHES, domain_styles, mixer_styles
-from acodm_env.experiments.figures import Curve, curves_figure, difference_range, mixture_figure, smoothed, thin
-from acodm_env.experiments.forest_figure import Row, broken, forest_figure
-from acodm_env.experiments.page_tables import compact
-from acodm_env.experiments.report_data import Mixtures, curve, difference_curve, usable
+from acodm_env.experiments.comparison.load import load
+from acodm_env.experiments.report.curves import Mixtures, curve, difference_curve, usable
+from acodm_env.experiments.report.figure_style import DASHES, domain_styles, mixer_styles
+from acodm_env.experiments.report.figures import Curve, curves_figure, difference_range, mixture_figure, smoothed, thin
+from acodm_env.experiments.report.forest import Row, broken, forest_figure
+from acodm_env.experiments.report.tables import compact
 
 # --- numbers -----------------------------------------------------------------------------------------------
 

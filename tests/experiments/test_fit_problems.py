@@ -9,9 +9,9 @@ import pytest
 from acodm_env.agents.baselines import make_mixer
 from acodm_env.errors import AcodmError
 from acodm_env.experiments import cli
-from acodm_env.experiments.logged_problems import ProblemLogs
-from acodm_env.experiments.run_folder import RunFolder
-from acodm_env.experiments.runs import Saving, run_mixer
+from acodm_env.experiments.run.folder import RunFolder
+from acodm_env.experiments.run.loop import Saving, run_mixer
+from acodm_env.experiments.surrogate.logged_problems import ProblemLogs
 from acodm_env.surrogate.calibrated import Calibrated
 from acodm_env.surrogate.problem_trainer import ProblemTrainer
 from acodm_env.surrogate.problems import INITIAL_NATS

@@ -9,7 +9,7 @@ import yaml
 
 from acodm_env.errors import ConfigError, DataError
 from acodm_env.experiments import cli
-from acodm_env.experiments.fit_surrogate import parse_checks, parse_sizes
+from acodm_env.experiments.surrogate.fit import parse_checks, parse_sizes
 from acodm_env.laws import PowerLaw
 from acodm_env.surrogate.surface import Surface
 from acodm_env.surrogate.tables import read_measured, stripped

@@ -6,12 +6,13 @@ import math
 import numpy as np
 import pytest
 
-from acodm_env.agents.trial import imagined_run
+from acodm_env.agents.gate_rollouts import imagined_run
 from acodm_env.experiments import cli
-from acodm_env.experiments.transfer import TransferConfig
+from acodm_env.experiments.target.config import TransferConfig
 from acodm_env.interaction import InteractionConfig
 from acodm_env.mixture import ActionMap, Bounds
-from acodm_env.policy import Policy
+from acodm_env.policy.dense import Policy
+from acodm_env.policy.load import load_policy
 
 DOMAINS = ("letters", "numbers", "verbs")
 FIELDS = (("loss", 3), ("progress", 1))
@@ -71,7 +72,7 @@ def test_exit_code_and_names_of_failed_checks(name, code, failed, policies, tmp_
     assert out.splitlines()[-1].startswith(f"gate: failed: {', '.join(failed)}" if failed else f"gate: {said}")
     assert (written["failed"], written["passed"]) == (failed, not failed)
     assert {"fits", "surrogate value", "support"} <= set(written["not_checked"])
-    assert written["fingerprint"] == Policy.load(policies[name]).fingerprint
+    assert written["fingerprint"] == load_policy(policies[name]).fingerprint
     for check in written["checks"]:
         assert check["name"] in out
         assert check["explanation"]
@@ -189,7 +190,7 @@ def test_a_mistake_beside_it_is_named(capsys):
 
 
 def test_imagined_run_has_the_shape_of_the_policy(policies):
-    policy = Policy.load(policies["layers"])
+    policy = load_policy(policies["layers"])
     run = imagined_run(policy, DOMAINS, 5.0)
     assert (run.num_layers, run.num_domains, run.horizon) == (3, 3, 4)
     policy.check_fits(run)

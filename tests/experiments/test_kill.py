@@ -16,8 +16,8 @@ import pytest
 
 from acodm_env.corpus.tokens import TokenStore
 from acodm_env.experiments import cli
-from acodm_env.experiments.checkpoints import Checkpoints
-from acodm_env.experiments.throughput import random_policy
+from acodm_env.experiments.overhead.throughput import random_policy
+from acodm_env.experiments.run.checkpoints import Checkpoints
 from acodm_env.files import read_json
 from acodm_env.pretrain.config import LMConfig
 from acodm_env.pretrain.trainer import LMTrainer
@@ -88,7 +88,7 @@ def launch():
     """Starts `acodm transfer` in a process of its own, forked from one that has imported everything."""
     context = multiprocessing.get_context("forkserver")
     heavy = ["accelerate", "jsonargparse", "safetensors.numpy", "transformers.models.gpt_neox.modeling_gpt_neox"]
-    ours = ["acodm_env.pretrain.trainer", "acodm_env.pretrain.leader", "acodm_env.experiments.transfer"]
+    ours = ["acodm_env.pretrain.trainer", "acodm_env.pretrain.leader", "acodm_env.experiments.target.transfer"]
     context.set_forkserver_preload([*heavy, *ours, "tokenizers", "torch.distributed.tensor"])
     started = []
 
@@ -177,7 +177,7 @@ def test_a_second_run_on_the_folder_is_refused_and_names_the_first(launch, tiny_
 
 
 def command(world, arguments):
-    module = ["-m", "acodm_env.experiments.transfer", *arguments]
+    module = ["-m", "acodm_env.experiments", "transfer", *arguments]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
     return [sys.executable, *(launcher if world > 1 else []), *module]
 

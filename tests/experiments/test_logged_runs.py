@@ -9,9 +9,9 @@ import pytest
 from acodm_env.agents.baselines import make_mixer
 from acodm_env.errors import AcodmError, ConfigError
 from acodm_env.experiments import cli
-from acodm_env.experiments.logged_runs import Logs, split
-from acodm_env.experiments.run_folder import RunFolder
-from acodm_env.experiments.runs import run_mixer
+from acodm_env.experiments.run.folder import RunFolder
+from acodm_env.experiments.run.loop import run_mixer
+from acodm_env.experiments.surrogate.logged_runs import Logs, split
 from acodm_env.files import write_json
 from acodm_env.laws import PowerLaw
 from acodm_env.surrogate.surface import Surface

@@ -8,16 +8,19 @@ import pytest
 from plugin import tiny
 
 from acodm_env.errors import ConfigError
-from acodm_env.experiments import cli, export_model
-from acodm_env.experiments.benchmark import BenchmarkConfig, make_plan
-from acodm_env.experiments.card_evaluation import evaluation_section
-from acodm_env.experiments.cell import run_cell
-from acodm_env.experiments.export_model import ExportModelConfig, driving_policy, read_trained
-from acodm_env.experiments.model_card import Trained, Weights, mixture_used, model_card
-from acodm_env.experiments.policy_card import bare_name, policy_card, without_paths
+from acodm_env.experiments import cli
+from acodm_env.experiments.benchmark.config import BenchmarkConfig
+from acodm_env.experiments.benchmark.jobs import run_cell
+from acodm_env.experiments.benchmark.planning import make_plan
+from acodm_env.experiments.publish import export_model
+from acodm_env.experiments.publish.evaluation_card import evaluation_section
+from acodm_env.experiments.publish.export_model import ExportModelConfig, driving_policy, read_trained
+from acodm_env.experiments.publish.model_card import Trained, Weights, mixture_used, model_card
+from acodm_env.experiments.publish.policy_card import bare_name, policy_card, without_paths
 from acodm_env.interaction import InteractionConfig
 from acodm_env.mixture import ActionMap, Bounds
-from acodm_env.policy import Policy
+from acodm_env.policy.dense import Policy
+from acodm_env.policy.load import load_policy
 
 SIZES = ["--target", "tiny", "--batch_size", "6", "--sequence_length", "32", "--evaluations", "2", "--quiet"]
 WEIGHTS = Weights(architecture="GPTNeoXForCausalLM", num_parameters=1000, context=32, sha256="ab")
@@ -273,7 +276,7 @@ def test_an_agent_that_learned_in_the_run_tells_so(trained, tmp_path):
     card = model_card(cotrained, WEIGHTS, "x", driving_policy(cotrained, None))
     assert "An agent (td3) that learned in this very run" in card
     assert "| teacher | uniform, for the first 3 decisions |" in card
-    assert Policy.load(run / "policy").fingerprint in card
+    assert load_policy(run / "policy").fingerprint in card
 
 
 def test_names_instead_of_paths(tmp_path, monkeypatch):
@@ -310,4 +313,4 @@ def test_a_card_beside_a_policy_does_not_disturb_it(tmp_path):
     policy = policy_of(("a", "b"))
     policy.save(tmp_path / "policy")
     (tmp_path / "policy" / "README.md").write_text(policy_card(policy))
-    assert Policy.load(tmp_path / "policy").fingerprint == policy.fingerprint
+    assert load_policy(tmp_path / "policy").fingerprint == policy.fingerprint

@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 from general_policy import general
 
-from acodm_env.experiments import cli, results
-from acodm_env.experiments.cost import measuring_frac
-from acodm_env.experiments.run_folder import RunFolder
-from acodm_env.experiments.transfer import TransferConfig, choose_mixer
-from acodm_env.policy import Policy, PolicyMixer
+from acodm_env.experiments import cli
+from acodm_env.experiments.run import results
+from acodm_env.experiments.run.accounting import measuring_frac
+from acodm_env.experiments.run.folder import RunFolder
+from acodm_env.experiments.target.config import TransferConfig
+from acodm_env.experiments.target.transfer import choose_mixer
+from acodm_env.policy.load import load_policy
+from acodm_env.policy.mixer import PolicyMixer
 from acodm_env.trainer import RunInfo
 
 SIZES = ["--batch_size", 6, "--sequence_length", 32]
@@ -255,7 +258,7 @@ def test_a_policy_for_another_objective_says_what_it_was_learned_for(tiny_corpus
     assert (learned["config"]["targets"], learned["config"]["eval_sequences"]) == ("verbs", 64)
     assert not {"cut", "domains", "objective"} & learned["config"].keys()
     assert acodm("export", "--run", tmp_path / "learned", "--out", tmp_path / "policy", "--quiet") == 0
-    assert Policy.load(tmp_path / "policy").provenance["config"]["targets"] == "verbs"
+    assert load_policy(tmp_path / "policy").provenance["config"]["targets"] == "verbs"
     assert "loss of verbs" in (tmp_path / "policy" / "README.md").read_text()
     capsys.readouterr()
     run = ["transfer", "--policy", tmp_path / "policy", "--corpus", tiny_corpus, *TARGET, "--quiet"]
@@ -281,12 +284,12 @@ def test_cotrain_plays_for_its_targets(tiny_corpus, tmp_path):
     assert result["objective_nats"] == result["domain_loss_nats"]["verbs"]
     held = result["heldout_sequences"]["verbs"]["validation"]
     assert result["accounting"]["measurement_tokens"] == 4 * held * 32
-    assert Policy.load(tmp_path / "policy").provenance["config"]["targets"] == ["verbs"]
+    assert load_policy(tmp_path / "policy").provenance["config"]["targets"] == ["verbs"]
 
 
 def test_a_name_opens_what_is_shipped(monkeypatch, tmp_path):
     """The command opens by name what the package ships under it."""
-    from acodm_env import policy as module
+    from acodm_env.policy import load as module
 
     general(support={"num_rows": [3, 24]}).save(tmp_path / "generalist")
     monkeypatch.setattr(module, "POLICIES", tmp_path)

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from acodm_env.errors import ConfigError
-from acodm_env.experiments import overhead, throughput
-from acodm_env.experiments.overhead import OverheadConfig
-from acodm_env.experiments.throughput import Window
+from acodm_env.experiments.overhead import command as overhead
+from acodm_env.experiments.overhead import throughput
+from acodm_env.experiments.overhead.command import OverheadConfig
+from acodm_env.experiments.overhead.throughput import Window
 
 SIZES = {"model": "tiny", "batch_size": 6, "sequence_length": 16, "num_domains": 3, "decision_every": 2, "rounds": 1}
 SETTINGS = {

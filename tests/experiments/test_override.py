@@ -8,10 +8,10 @@ import pytest
 
 from acodm_env.agents.baselines import make_mixer
 from acodm_env.errors import ConfigError
-from acodm_env.experiments.override import FILE, Hand, Override, Steered
-from acodm_env.experiments.results import mixer_result
-from acodm_env.experiments.run_folder import RunFolder
-from acodm_env.experiments.runs import run_mixer
+from acodm_env.experiments.run.folder import RunFolder
+from acodm_env.experiments.run.loop import run_mixer
+from acodm_env.experiments.run.override import FILE, Hand, Override, Steered
+from acodm_env.experiments.run.results import mixer_result
 from toy import ToyTrainer
 
 DOMAINS = ("a", "b", "c", "d")
@@ -197,7 +197,7 @@ def test_nothing_by_that_name_ends_the_run(steered, tmp_path, capsys, make, monk
         def denied(*arguments):
             raise PermissionError(13, "Permission denied")
 
-        monkeypatch.setattr("acodm_env.experiments.override.read_json", denied)
+        monkeypatch.setattr("acodm_env.experiments.run.override.read_json", denied)
     assert now(steered) == [0.5, 0.3, 0.2]
     assert capsys.readouterr().err.count("ignored") == 1
 

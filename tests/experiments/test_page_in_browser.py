@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from fake_benchmark import fake_benchmark
 
-from acodm_env.experiments.report import write_report
+from acodm_env.experiments.report.command import write_report
 
 pytest.importorskip("plotly", reason="plotly is not installed: no page to look at")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: no browser to look with")

@@ -7,8 +7,10 @@ import pytest
 from plugin import install, tiny
 
 from acodm_env.errors import AcodmError, ConfigError
-from acodm_env.experiments.benchmark import BenchmarkConfig, list_mixers, make_plan
-from acodm_env.experiments.plan import Plan, parse_entries
+from acodm_env.experiments.benchmark.command import list_mixers
+from acodm_env.experiments.benchmark.config import BenchmarkConfig
+from acodm_env.experiments.benchmark.plan import Plan, parse_entries
+from acodm_env.experiments.benchmark.planning import make_plan
 
 
 @pytest.fixture(autouse=True)
@@ -141,7 +143,7 @@ def test_domains_and_targets_may_differ(tiny_corpus, tmp_path):
         **tiny(tiny_corpus, tmp_path / "b", domains="letters,numbers", targets="verbs=3,letters=1")
     )
     make_plan(config, tmp_path / "b")
-    from acodm_env.experiments.run_folder import recorded_config
+    from acodm_env.experiments.run.folder import recorded_config
 
     settings = recorded_config(tmp_path / "b")
     assert settings["domains"] == ["letters", "numbers"]

@@ -8,8 +8,8 @@ from general_policy import general
 
 from acodm_env.agents.baselines import make_mixer
 from acodm_env.errors import ConfigError
-from acodm_env.experiments.playing import Conditions, play, require_fit
-from acodm_env.policy import PolicyMixer
+from acodm_env.experiments.surrogate.playing import Conditions, play, require_fit
+from acodm_env.policy.mixer import PolicyMixer
 from acodm_env.surrogate.surface import Surface
 
 SURFACE = Surface.load("regmix-1m").without_repetition()

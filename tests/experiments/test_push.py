@@ -12,11 +12,13 @@ import pytest
 from hub_stand_in import TOKEN, stand_in
 
 from acodm_env.errors import ConfigError, DataError, PolicyError
-from acodm_env.experiments import cli, export, export_model
-from acodm_env.experiments.export import POLICY_FILES, ExportConfig
-from acodm_env.experiments.export_model import MODEL_FILES, ExportModelConfig
-from acodm_env.experiments.policy_card import policy_card
-from acodm_env.policy import Policy
+from acodm_env.experiments import cli
+from acodm_env.experiments.policy import export
+from acodm_env.experiments.policy.export import POLICY_FILES, ExportConfig
+from acodm_env.experiments.publish import export_model
+from acodm_env.experiments.publish.export_model import MODEL_FILES, ExportModelConfig
+from acodm_env.experiments.publish.policy_card import policy_card
+from acodm_env.policy.load import load_policy
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Use 'content=<...>' to upload raw bytes/text content:DeprecationWarning"  # the client's
@@ -142,7 +144,7 @@ def test_a_policy_is_exported_with_a_card_and_pushed(learned, tmp_path, hub, cap
     assert held.files == local(tmp_path / "policy")
     assert held.files.keys() == POLICY_FILES
     assert "/me/policy/commit/" in capsys.readouterr().out
-    card, policy = held.files["README.md"].decode(), Policy.load(tmp_path / "policy")
+    card, policy = held.files["README.md"].decode(), load_policy(tmp_path / "policy")
     assert policy.fingerprint in card
     assert "| domains | `letters`, `numbers`, `verbs` |" in card
     assert "| algorithm | td3 |" in card
@@ -164,13 +166,13 @@ def test_an_exported_policy_is_pushed_as_it_is(learned, tmp_path, hub):
     assert hub.repositories["me/policy"].files.keys() == POLICY_FILES
     (folder / "README.md").unlink()
     export.run(ExportConfig(policy=str(folder), push="me/policy"))
-    assert hub.repositories["me/policy"].files["README.md"].decode() == policy_card(Policy.load(folder), "me/policy")
+    assert hub.repositories["me/policy"].files["README.md"].decode() == policy_card(load_policy(folder), "me/policy")
 
 
 def test_paths_in_an_earlier_versions_policy_stay_here(learned, tmp_path, hub, capsys):
     folder = tmp_path / "policy"
     export.run(ExportConfig(run=str(learned), out=str(folder), quiet=True))
-    policy = Policy.load(folder)
+    policy = load_policy(folder)
     config = {**policy.provenance["config"], "corpus": "/home/someone/pile", "proxy": "/home/someone/p/config.json"}
     config |= {"conf_file": "~/mine.yml", "journal": "/home/someone/journal"}
     replace(policy, provenance={**policy.provenance, "config": config}).save(folder)
@@ -186,7 +188,7 @@ def test_paths_in_an_earlier_versions_policy_stay_here(learned, tmp_path, hub, c
     (tmp_path / "fetched").mkdir()
     for name, content in held.items():
         (tmp_path / "fetched" / name).write_bytes(content)
-    fetched = Policy.load(tmp_path / "fetched")
+    fetched = load_policy(tmp_path / "fetched")
     assert fetched.fingerprint == policy.fingerprint
     told = {"corpus": "pile", "proxy": "config.json", "conf_file": "mine.yml", "journal": "journal"}
     assert fetched.provenance["config"] == config | told

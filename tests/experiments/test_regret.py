@@ -6,7 +6,8 @@ import json
 import pytest
 
 from acodm_env.errors import ConfigError, DataError
-from acodm_env.experiments.regret import RegretConfig, _best, run
+from acodm_env.experiments.surrogate.regret import RegretConfig, _best, run
+from acodm_env.policy.load import load_policy
 
 VARIANTS = """
 quick: {algo: ppo, timesteps: 0.002}
@@ -71,9 +72,8 @@ def test_again_does_nothing_again_and_more_seeds_go_on(finished, capsys):
 
 
 def test_the_policies_are_left_for_use(finished):
-    from acodm_env.policy import Policy
 
-    policy = Policy.load(finished[1] / "policies" / "quick-unseen-1")
+    policy = load_policy(finished[1] / "policies" / "quick-unseen-1")
     assert policy.horizon == 8
     assert policy.provenance["seed"] == 1
     cell = json.loads((finished[1] / "cells" / "quick-unseen-1.json").read_text())

@@ -10,12 +10,12 @@ from fake_benchmark import MIXERS, fake_benchmark, fake_transfer
 
 from acodm_env.errors import ConfigError
 from acodm_env.experiments import cli
-from acodm_env.experiments.comparison import load
-from acodm_env.experiments.page import Figures, Html, as_json, element, table
-from acodm_env.experiments.page_answer import answer
-from acodm_env.experiments.page_forests import crossing_forests
-from acodm_env.experiments.report import render, write_report
-from acodm_env.experiments.summary import summarise
+from acodm_env.experiments.comparison.load import load
+from acodm_env.experiments.comparison.summary import summarise
+from acodm_env.experiments.report.answer import answer
+from acodm_env.experiments.report.command import render, write_report
+from acodm_env.experiments.report.forests import crossing_forests
+from acodm_env.experiments.report.page import Figures, Html, as_json, element, table
 
 EVIL = "<script>alert(1)</script>"
 

@@ -5,10 +5,10 @@ import pytest
 
 from acodm_env.agents.baselines import make_mixer
 from acodm_env.errors import ConfigError, DataError
-from acodm_env.experiments import results
-from acodm_env.experiments.mixture import interleave_call
-from acodm_env.experiments.run_folder import RunFolder, open_run
-from acodm_env.experiments.runs import run_mixer
+from acodm_env.experiments.run import results
+from acodm_env.experiments.run.folder import RunFolder, open_run
+from acodm_env.experiments.run.loop import run_mixer
+from acodm_env.experiments.run.mixture import interleave_call
 from toy import ToyTrainer
 
 

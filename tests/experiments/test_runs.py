@@ -12,10 +12,10 @@ import pytest
 from acodm_env import files
 from acodm_env.agents.baselines import make_mixer
 from acodm_env.errors import ConfigError, DataError
-from acodm_env.experiments.checkpoints import Checkpoints
-from acodm_env.experiments.run_folder import RunFolder
-from acodm_env.experiments.runs import Saving, nonfinite, run_mixer
-from acodm_env.experiments.signals import Preempted
+from acodm_env.experiments.run.checkpoints import Checkpoints
+from acodm_env.experiments.run.folder import RunFolder
+from acodm_env.experiments.run.loop import Saving, nonfinite, run_mixer
+from acodm_env.experiments.run.preemption import Preempted
 from acodm_env.files import disk_errors, read_json
 from acodm_env.lock import claimed
 from toy import ToyTrainer

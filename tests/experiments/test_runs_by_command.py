@@ -5,7 +5,7 @@ import json
 import pytest
 
 from acodm_env.experiments import cli
-from acodm_env.policy import Policy
+from acodm_env.policy.load import load_policy
 
 SIZES = ["--batch_size", "6", "--sequence_length", "32", "--quiet"]
 LEARN = ["--episodes", "2", "--episode_steps", "6", "--steps_per_action", "2", "--evaluate_every", "1", *SIZES]
@@ -30,7 +30,7 @@ def read(path):
 def test_policy_learned_with_a_lag_is_exported_and_drives_with_it(tiny_corpus, tmp_path):
     assert acodm("train", "--corpus", tiny_corpus, "--lag", "2", "--out", tmp_path / "run", *LEARN, *AGENT) == 0
     assert acodm("export", tmp_path / "run", "--out", tmp_path / "policy") == 0
-    assert Policy.load(tmp_path / "policy").lag == 2
+    assert load_policy(tmp_path / "policy").lag == 2
     assert transfer(tiny_corpus, tmp_path / "target", "--policy", tmp_path / "policy") == 0
     lines = (tmp_path / "target" / "stats.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["mixture_age"] == 2.0
@@ -83,7 +83,7 @@ def test_reference_must_be_finished_and_comparable(tiny_corpus, tmp_path, capsys
 
 
 def test_killed_target_resumes_to_the_same_numbers(tiny_corpus, tmp_path, monkeypatch):
-    from acodm_env.experiments import runs
+    from acodm_env.experiments.run import loop as runs
 
     assert transfer(tiny_corpus, tmp_path / "whole", "--mixer", "odm-released") == 0
     record, seen = runs.stats_record, []

@@ -3,8 +3,8 @@ import math
 import numpy as np
 import pytest
 
-from acodm_env.experiments import statistics
-from acodm_env.experiments.statistics import (
+from acodm_env.experiments.comparison import statistics
+from acodm_env.experiments.comparison.statistics import (
     Interval,
     holm,
     interquartile_mean,

@@ -7,18 +7,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from acodm_env.corpus.prepare import Preparation, prepare
-from acodm_env.corpus.sources import Source
+from acodm_env.corpus.preparation.prepare import Preparation, prepare
+from acodm_env.corpus.preparation.sources import Source
 from acodm_env.corpus.tokens import TokenStore
 from acodm_env.errors import AcodmError, ConfigError
-from acodm_env.experiments import suite, suite_tasks
-from acodm_env.experiments.benchmark import BenchmarkConfig, run
-from acodm_env.experiments.cell import guarded
-from acodm_env.experiments.plan import Plan
-from acodm_env.experiments.running import unfinished
+from acodm_env.experiments.benchmark.command import run
+from acodm_env.experiments.benchmark.config import BenchmarkConfig
+from acodm_env.experiments.benchmark.jobs import guarded
+from acodm_env.experiments.benchmark.plan import Plan
+from acodm_env.experiments.benchmark.scheduler import unfinished
+from acodm_env.experiments.benchmark.suite import command as suite
+from acodm_env.experiments.benchmark.suite import tasks as suite_tasks
 from acodm_env.interaction import InteractionConfig
 from acodm_env.mixture import ActionMap, Bounds
-from acodm_env.policy import Policy
+from acodm_env.policy.dense import Policy
 
 WORDS = {
     "greek": ["alpha", "beta", "gamma", "delta", "epsilon"],

@@ -6,14 +6,14 @@ import math
 import numpy as np
 import pytest
 
-from acodm_env.experiments.comparison import Comparison
-from acodm_env.experiments.plan import Cell, Entry, Plan
-from acodm_env.experiments.run_record import Run
-from acodm_env.experiments.suite_certificate import told, verdicts
-from acodm_env.experiments.suite_regret import BEST, Outcome, best_static, outcome_of
-from acodm_env.experiments.suite_report import COLUMNS, sentences, tables_of, write_regret
-from acodm_env.experiments.suite_standing import best_rule, over_seeds, paired, policies_of, rows_of, standing
-from acodm_env.experiments.suite_tasks import Task
+from acodm_env.experiments.benchmark.plan import Cell, Entry, Plan
+from acodm_env.experiments.benchmark.suite.certificates import told, verdicts
+from acodm_env.experiments.benchmark.suite.regret import BEST, Outcome, best_static, outcome_of
+from acodm_env.experiments.benchmark.suite.report import COLUMNS, sentences, tables_of, write_regret
+from acodm_env.experiments.benchmark.suite.standing import best_rule, over_seeds, paired, policies_of, rows_of, standing
+from acodm_env.experiments.benchmark.suite.tasks import Task
+from acodm_env.experiments.comparison.load import Comparison
+from acodm_env.experiments.comparison.run import Run
 
 PROSE = Task(name="prose", corpus="c", targets={"prose": 1.0})
 EVERY = Task(name="mean-loss", corpus="c")

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 
 from acodm_env.errors import ConfigError
-from acodm_env.experiments.suite_rows import learned, pair, rules, tilted
-from acodm_env.experiments.suite_tasks import Task, listed, made_for, slug, suite_file, tasks_of
+from acodm_env.experiments.benchmark.suite.rows import learned, pair, rules, tilted
+from acodm_env.experiments.benchmark.suite.tasks import Task, listed, made_for, slug, suite_file, tasks_of
 from acodm_env.objective import check_metric
 
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from fake_benchmark import fake_benchmark, fake_transfer
 
-from acodm_env.experiments.comparison import load
-from acodm_env.experiments.crossing import cost_ratio, cost_unit, steps_ratio
-from acodm_env.experiments.differences import baselines_of
-from acodm_env.experiments.summary import METRICS, summarise, table_text, write_csv, write_summaries
+from acodm_env.experiments.comparison.contrasts import baselines_of
+from acodm_env.experiments.comparison.crossing import cost_ratio, cost_unit, steps_ratio
+from acodm_env.experiments.comparison.load import load
+from acodm_env.experiments.comparison.summary import METRICS, summarise, table_text, write_csv, write_summaries
 
 ALL = ("uniform", "odm-released", "mean-of:odm-released", "policy", "policy-untrained")
 

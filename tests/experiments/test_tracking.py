@@ -14,9 +14,10 @@ from accelerate.state import AcceleratorState, PartialState
 from tracked_run import DOMAINS, assert_shows, killed, run, stopped
 
 from acodm_env.errors import ConfigError
-from acodm_env.experiments import cli, tracking
-from acodm_env.experiments.run_folder import RunFolder
-from acodm_env.experiments.tracking import evaluation_values, step_values, tracked, trackers
+from acodm_env.experiments import cli
+from acodm_env.experiments.run import tracking
+from acodm_env.experiments.run.folder import RunFolder
+from acodm_env.experiments.run.tracking import evaluation_values, step_values, tracked, trackers
 
 VARIABLES = ("WANDB_MODE", "WANDB_API_KEY", "MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_NAME")
 

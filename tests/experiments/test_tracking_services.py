@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from tracked_run import assert_shows
 
-from acodm_env.experiments.run_folder import RunFolder
+from acodm_env.experiments.run.folder import RunFolder
 
 
 def needs(package):

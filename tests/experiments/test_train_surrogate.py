@@ -6,8 +6,9 @@ import pytest
 
 from acodm_env.errors import ConfigError
 from acodm_env.experiments import cli
-from acodm_env.experiments.train import TrainConfig, make_learner
-from acodm_env.policy import Policy
+from acodm_env.experiments.policy.config import TrainConfig
+from acodm_env.experiments.policy.train import make_learner
+from acodm_env.policy.load import load_policy
 
 SHORT = '{"surface": "regmix-1m", "episode_steps": 5}'
 AGENT = ["--agent", '{"hidden": [8], "batch_size": 8, "learning_starts": 4}']
@@ -35,7 +36,7 @@ def test_learns_resumes_and_exports(algo, envs, tmp_path, capsys):
     assert acodm(*command, "--resume") == 0
     assert json.loads((run / "result.json").read_text())["rows"] == result["rows"]
     assert acodm("export", "--run", run, "--out", tmp_path / "policy", "--quiet") == 0
-    policy = Policy.load(tmp_path / "policy")
+    policy = load_policy(tmp_path / "policy")
     assert (len(policy.domains), policy.horizon) == (17, 5)
 
 

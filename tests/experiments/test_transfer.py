@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from acodm_env.corpus.tokens import TokenStore
-from acodm_env.experiments import cli, transfer
-from acodm_env.experiments.checkpoints import Checkpoints
-from acodm_env.experiments.run_folder import RunFolder
+from acodm_env.experiments import cli
+from acodm_env.experiments.run.checkpoints import Checkpoints
+from acodm_env.experiments.run.folder import RunFolder
+from acodm_env.experiments.target import transfer
 
 SIZES = ["--target", "tiny", "--batch_size", "6", "--sequence_length", "32", "--evaluations", "3", "--quiet"]
 UNIFORM = ["--mixer", "uniform"]

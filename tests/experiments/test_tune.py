@@ -8,7 +8,7 @@ from acodm_env.agents.hyperparameters import SURROGATE, read_settings, settings_
 from acodm_env.agents.tuning import SPACE, Choice, present, suggested
 from acodm_env.errors import ConfigError
 from acodm_env.experiments import cli
-from acodm_env.experiments.tune import TuneConfig, tune
+from acodm_env.experiments.policy.tune import TuneConfig, tune
 
 optuna = pytest.importorskip("optuna", reason="Optuna is not installed; pip install 'acodm[tune]'")
 
@@ -61,7 +61,7 @@ def test_three_trials_resume_and_the_best_settings_train(tmp_path, capsys):
 
 def test_two_processes_share_a_study(tmp_path):
     study = tmp_path / "study.journal"
-    command = [sys.executable, "-m", "acodm_env.experiments.cli", "tune", "--algo", "a2c", *TINY]
+    command = [sys.executable, "-m", "acodm_env", "tune", "--algo", "a2c", *TINY]
     command += ["--study", str(study), "--trials", "4"]
     both = [subprocess.Popen([*command, "--seed", "0"]) for _ in range(2)]
     assert [process.wait(timeout=120) for process in both] == [0, 0]

@@ -15,7 +15,8 @@ from acodm_env.errors import ConfigError, DataError
 from acodm_env.interaction import InteractionConfig
 from acodm_env.mixture import ActionMap, Bounds
 from acodm_env.observation import Observer
-from acodm_env.policy import Policy, PolicyMixer
+from acodm_env.policy.dense import Policy
+from acodm_env.policy.mixer import PolicyMixer
 from acodm_env.trainer import Mixer
 
 LENGTH, STEPS = 32, 8

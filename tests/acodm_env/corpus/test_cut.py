@@ -5,9 +5,9 @@ import pickle
 import numpy as np
 import pytest
 
-from acodm_env.corpus.prepare import Preparation, prepare
+from acodm_env.corpus.preparation.prepare import Preparation, prepare
+from acodm_env.corpus.preparation.sources import Source
 from acodm_env.corpus.sampler import MixtureSampler
-from acodm_env.corpus.sources import Source
 from acodm_env.errors import ConfigError, DataError
 
 

@@ -7,11 +7,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from acodm_env.corpus.dealing import Dealer, deal_domain, sketch
-from acodm_env.corpus.prepare import Preparation, prepare
-from acodm_env.corpus.sources import Source
-from acodm_env.corpus.splits import assign, document_hash
-from acodm_env.corpus.streams import Document
+from acodm_env.corpus.document import Document
+from acodm_env.corpus.preparation.dealing import Dealer, deal_domain, sketch
+from acodm_env.corpus.preparation.prepare import Preparation, prepare
+from acodm_env.corpus.preparation.sources import Source
+from acodm_env.corpus.preparation.splits import assign, document_hash
 from acodm_env.errors import DataError
 
 SHARES = {"train": 0.9, "validation": 0.05, "test": 0.05}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import chi2, spearmanr
 
-from acodm_env.corpus.order import BLOCK, MAX_TABLE, ROUNDS, Order, scatter
+from acodm_env.corpus.permutation import BLOCK, MAX_TABLE, ROUNDS, Order, scatter
 
 LARGE = MAX_TABLE + 12_345
 

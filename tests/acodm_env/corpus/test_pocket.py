@@ -7,14 +7,15 @@ from itertools import pairwise
 
 import pytest
 
-from acodm_env.corpus import installation, pocket
+from acodm_env.corpus.preparation import installation, pocket
 from acodm_env.corpus.tokens import TokenStore
 
 SMALL = """
-from acodm_env.corpus import pocket
+from acodm_env.corpus.open import pocket_store
+from acodm_env.corpus.preparation import pocket
 pocket.DOMAIN_CHARS = 60_000; pocket.SMALLEST_CHARS = 10_000; pocket.SMALLEST_DOCUMENTS = 20
 pocket.DOMAINS = ("arithmetic", "python")
-print(pocket.pocket_store(300, progress=False))
+print(pocket_store(300, progress=False))
 """
 
 

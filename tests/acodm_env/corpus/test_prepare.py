@@ -6,9 +6,9 @@ import os
 
 import pytest
 
-from acodm_env.corpus import pocket
-from acodm_env.corpus.prepare import Preparation, prepare
-from acodm_env.corpus.sources import Source
+from acodm_env.corpus.preparation import pocket
+from acodm_env.corpus.preparation.prepare import Preparation, prepare
+from acodm_env.corpus.preparation.sources import Source
 from acodm_env.corpus.tokenizer import END_OF_DOCUMENT
 from acodm_env.corpus.tokens import SPLITS
 from acodm_env.errors import ConfigError, DataError
@@ -228,7 +228,7 @@ def test_disk_full_before_the_first_commit_leaves_nothing(tmp_path, monkeypatch)
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("acodm_env.corpus.prepare.sha256", full)
+    monkeypatch.setattr("acodm_env.corpus.preparation.prepare.sha256", full)
     with pytest.raises(DataError, match="disk full"):
         prepared(tmp_path, rows())
     assert left(tmp_path) == ["a.jsonl"]

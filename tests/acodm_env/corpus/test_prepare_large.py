@@ -6,14 +6,15 @@ import random
 import numpy as np
 import pytest
 
-from acodm_env.corpus import census, sources, splits, streams, tokenizer
-from acodm_env.corpus import preparation as settings
-from acodm_env.corpus import prepare as preparing
-from acodm_env.corpus.encoding import Encoder
-from acodm_env.corpus.preparation import Preparation
-from acodm_env.corpus.prepare import prepare
-from acodm_env.corpus.sources import Source
-from acodm_env.corpus.splits import document_hash, split_of
+from acodm_env.corpus import tokenizer
+from acodm_env.corpus.preparation import counts as census
+from acodm_env.corpus.preparation import prepare as preparing
+from acodm_env.corpus.preparation import settings, sources, splits, streams
+from acodm_env.corpus.preparation.encoder import Encoder
+from acodm_env.corpus.preparation.prepare import prepare
+from acodm_env.corpus.preparation.settings import Preparation
+from acodm_env.corpus.preparation.sources import Source
+from acodm_env.corpus.preparation.splits import document_hash, split_of
 from acodm_env.errors import DataError
 from acodm_env.experiments import prepare as command
 
@@ -296,7 +297,7 @@ def test_a_hub_data_set_is_read_at_one_commit_however_often_it_is_opened(tmp_pat
     monkeypatch.setattr(datasets, "load_dataset", watched)
     with monkeypatch.context() as patch:
         patch.setattr(preparing.Assignment, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt()))
-        patch.setattr("acodm_env.corpus.workplace.COMMIT_SECONDS", 0.0)
+        patch.setattr("acodm_env.corpus.preparation.staging.COMMIT_SECONDS", 0.0)
         patch.setattr(preparing, "_BATCH_DOCUMENTS", 16)
         with pytest.raises(KeyboardInterrupt):
             prepare(hub, tmp_path / "store", workers=1)
@@ -313,7 +314,7 @@ def test_a_hub_data_set_without_the_split_says_so(tmp_path, hub):
 
 def test_a_hub_that_fails_on_the_way_keeps_what_was_committed(tmp_path, hub, monkeypatch):
     whole = prepare(hub, tmp_path / "whole", workers=1)
-    monkeypatch.setattr("acodm_env.corpus.workplace.COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr("acodm_env.corpus.preparation.staging.COMMIT_SECONDS", 0.0)
     monkeypatch.setattr(preparing, "_BATCH_DOCUMENTS", 16)
     original = Source._document
 

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from acodm_env.corpus import preparation as settings
-from acodm_env.corpus import prepare as preparing
-from acodm_env.corpus import sources, workplace
-from acodm_env.corpus.preparation import Inputs, Preparation
-from acodm_env.corpus.prepare import prepare
+from acodm_env.corpus.preparation import prepare as preparing
+from acodm_env.corpus.preparation import settings, sources
+from acodm_env.corpus.preparation import staging as workplace
+from acodm_env.corpus.preparation.prepare import prepare
+from acodm_env.corpus.preparation.settings import Inputs, Preparation
+from acodm_env.corpus.preparation.sources import Source
 from acodm_env.corpus.shards import ShardWriter
-from acodm_env.corpus.sources import Source
 from acodm_env.errors import DataError
 from acodm_env.experiments.console import say
 from acodm_env.lock import claimed
@@ -286,8 +286,8 @@ def test_a_run_killed_after_the_store_appeared_leaves_nothing_behind(tmp_path, h
 
 PREPARE = """
 import pathlib, pickle, sys
-from acodm_env.corpus import preparation, prepare, workplace
-workplace.COMMIT_SECONDS, preparation.BALANCED_BYTES, prepare.WORKERS_BYTES = 0.02, 0, 0
+from acodm_env.corpus.preparation import prepare, settings, staging
+staging.COMMIT_SECONDS, settings.BALANCED_BYTES, prepare.WORKERS_BYTES = 0.02, 0, 0
 prepare._BATCH_CHARS = 4_000
 if __name__ == "__main__":
     folder, out = pathlib.Path(sys.argv[1]), sys.argv[2]

@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from acodm_env.corpus import prepare as preparing
-from acodm_env.corpus.preparation import Preparation
-from acodm_env.corpus.prepare import prepare
+from acodm_env.corpus.preparation import prepare as preparing
+from acodm_env.corpus.preparation.prepare import prepare
+from acodm_env.corpus.preparation.settings import Preparation
+from acodm_env.corpus.preparation.sources import Source
 from acodm_env.corpus.shards import SHARD_BYTES, SPLITS, ShardWriter
-from acodm_env.corpus.sources import Source
 from acodm_env.corpus.tokenizer import load_tokenizer
 from acodm_env.corpus.tokens import FORMAT_VERSION, TokenStore, fingerprint
 from acodm_env.experiments.console import say
@@ -84,7 +84,7 @@ def watch(process: subprocess.Popen) -> int:
 def test_memory_of_all_processes_stays_below_two_gib(tmp_path):
     size = int(float(os.environ.get("ACODM_SCALE_GIB", "2")) * 2**30)
     source = write_source(tmp_path / "text.jsonl", size)
-    command = [sys.executable, "-m", "acodm_env.experiments.prepare", "--source", source.name]
+    command = [sys.executable, "-m", "acodm_env.experiments", "prepare", "--source", source.name]
     command += ["--domain_field", "meta.set", "--out", str(tmp_path / "store"), "--quiet", "true"]
     start = time.monotonic()
     process = subprocess.Popen(command)

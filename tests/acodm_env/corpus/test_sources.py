@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from acodm_env.corpus.prepare import Preparation, prepare
-from acodm_env.corpus.sources import Source
+from acodm_env.corpus.preparation.prepare import Preparation, prepare
+from acodm_env.corpus.preparation.sources import Source
 from acodm_env.errors import DataError
 
 

@@ -6,13 +6,13 @@ import pickle
 import numpy as np
 import pytest
 
-from acodm_env.corpus import preparation as settings
-from acodm_env.corpus import prepare as preparing
-from acodm_env.corpus import splits, workplace
-from acodm_env.corpus.prepare import Preparation, prepare
+from acodm_env.corpus.preparation import prepare as preparing
+from acodm_env.corpus.preparation import settings, splits
+from acodm_env.corpus.preparation import staging as workplace
+from acodm_env.corpus.preparation.prepare import Preparation, prepare
+from acodm_env.corpus.preparation.sources import Source
+from acodm_env.corpus.preparation.splits import document_hash
 from acodm_env.corpus.shards import ShardWriter
-from acodm_env.corpus.sources import Source
-from acodm_env.corpus.splits import document_hash
 from acodm_env.corpus.tokens import TokenStore
 from acodm_env.errors import ConfigError, DataError
 from acodm_env.experiments import doctor

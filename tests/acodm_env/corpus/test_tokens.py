@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from acodm_env.corpus import integrity, shards, tokens
-from acodm_env.corpus.prepare import Preparation, prepare
-from acodm_env.corpus.sources import Source
+from acodm_env.corpus.preparation.prepare import Preparation, prepare
+from acodm_env.corpus.preparation.sources import Source
 from acodm_env.corpus.tokens import TokenStore, fingerprint, token_dtype
 from acodm_env.errors import ConfigError, DataError
 from acodm_env.files import read_json, sha256, write_json

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import two_ranks
 
-from acodm_env.corpus.prepare import Preparation, prepare
-from acodm_env.corpus.sources import Source
+from acodm_env.corpus.preparation.prepare import Preparation, prepare
+from acodm_env.corpus.preparation.sources import Source
 from acodm_env.files import read_state, write_state
 from acodm_env.pretrain.leader import Led
 from acodm_env.pretrain.trainer import EXCHANGED_BYTES

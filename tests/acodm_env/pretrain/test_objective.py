@@ -13,7 +13,8 @@ from acodm_env.errors import ConfigError
 from acodm_env.pretrain.checkpoint import to_numpy
 from acodm_env.pretrain.config import LMConfig
 from acodm_env.pretrain.trainer import LMTrainer
-from acodm_env.trainer import merge, require
+from acodm_env.step_stats import merge
+from acodm_env.trainer import require
 
 SMALL = {"batch_size": 6, "sequence_length": 32, "horizon": 8, "decision_every": 2, "device": "cpu"}
 WEIGHTS = np.array([0.5, 0.3, 0.2])

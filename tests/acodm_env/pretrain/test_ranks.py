@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.distributed import DistNetworkError
 
-from acodm_env.pretrain.ranks import LostRank, Ranks, _arrays, _plain
+from acodm_env.pretrain.distributed import LostRank, Ranks, _arrays, _plain
 
 
 def test_alone_nothing_is_sent_or_changed():

@@ -11,7 +11,8 @@ from acodm_env.files import read_state, write_state
 from acodm_env.pretrain.config import LMConfig, resolve_device
 from acodm_env.pretrain.models import blocks
 from acodm_env.pretrain.trainer import LMTrainer, target_accelerator
-from acodm_env.trainer import Trainer, merge
+from acodm_env.step_stats import merge
+from acodm_env.trainer import Trainer
 from acodm_env.wrapper import Lagged
 
 SMALL = {"batch_size": 6, "sequence_length": 32, "horizon": 8, "decision_every": 2, "device": "cpu"}

@@ -6,10 +6,11 @@ import pytest
 from acodm_env.agents.baselines import make_mixer, mixer_names
 from acodm_env.errors import ConfigError
 from acodm_env.files import read_state, write_state
+from acodm_env.step_stats import merge
 from acodm_env.surrogate.dynamics import slopes
 from acodm_env.surrogate.surface import Surface
 from acodm_env.surrogate.trainer import SlopeSums, SurrogateTrainer
-from acodm_env.trainer import Mixer, Trainer, drive, merge, require
+from acodm_env.trainer import Mixer, Trainer, drive, require
 from acodm_env.wrapper import Lagged
 
 SHIPPED = Surface.load("regmix-1m")

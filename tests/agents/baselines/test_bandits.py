@@ -7,7 +7,8 @@ from acodm_env.agents.baselines import make_mixer
 from acodm_env.agents.baselines.bandits import exploration_rate
 from acodm_env.errors import ConfigError
 from acodm_env.files import read_state, write_state
-from acodm_env.trainer import StepStats, drive
+from acodm_env.step_stats import StepStats
+from acodm_env.trainer import drive
 from acodm_env.wrapper import Lagged
 from toy import ToyTrainer
 

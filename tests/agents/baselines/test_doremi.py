@@ -10,7 +10,8 @@ from acodm_env.files import read_state, write_state
 from acodm_env.pretrain.checkpoint import to_numpy
 from acodm_env.pretrain.config import LMConfig
 from acodm_env.pretrain.trainer import LMTrainer
-from acodm_env.trainer import RunResult, StepStats, drive
+from acodm_env.step_stats import StepStats
+from acodm_env.trainer import RunResult, drive
 from toy import ToyTrainer
 
 NAN = float("nan")

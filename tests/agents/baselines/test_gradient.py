@@ -10,7 +10,8 @@ from acodm_env.files import read_state, write_state
 from acodm_env.interaction import InteractionTracker
 from acodm_env.pretrain.config import LMConfig
 from acodm_env.pretrain.trainer import LMTrainer
-from acodm_env.trainer import RunResult, StepStats, drive
+from acodm_env.step_stats import StepStats
+from acodm_env.trainer import RunResult, drive
 from given_gradients import NAN, Given, decided, gram, info, seen, softmax, started
 
 MIXERS = ("doge-proxy", "doge-online", "eg-interaction", "pike")

@@ -7,7 +7,8 @@ import pytest
 from acodm_env.agents.baselines import make_mixer
 from acodm_env.errors import ConfigError
 from acodm_env.files import read_state, write_state
-from acodm_env.trainer import RunInfo, RunResult, StepStats, drive
+from acodm_env.step_stats import StepStats
+from acodm_env.trainer import RunInfo, RunResult, drive
 from toy import ToyTrainer
 
 NAMES = ("python", "prose", "maths")

@@ -8,7 +8,9 @@ from general_policy import general
 
 from acodm_env.agents.baselines import make_mixer
 from acodm_env.errors import ConfigError, PolicyError
-from acodm_env.policy import POLICIES, Policy, PolicyMixer, open_policy
+from acodm_env.policy.dense import Policy
+from acodm_env.policy.load import POLICIES, open_policy
+from acodm_env.policy.mixer import PolicyMixer
 from acodm_env.trainer import RunResult, drive
 from toy import ToyTrainer
 
@@ -17,7 +19,7 @@ from toy import ToyTrainer
 def policies(tmp_path, monkeypatch):
     """Where policies "come with the package" here."""
     general(probe_sequences=None).save(tmp_path / "shipped" / "generalist")
-    monkeypatch.setattr("acodm_env.policy.POLICIES", tmp_path / "shipped")
+    monkeypatch.setattr("acodm_env.policy.load.POLICIES", tmp_path / "shipped")
     return tmp_path / "shipped"
 
 
@@ -81,7 +83,7 @@ def test_a_policy_that_is_not_there_is_refused(tmp_path, monkeypatch):
         make_mixer("policy", policy="generalst")
     with pytest.raises(ConfigError, match=r"policy=.*nowhere: .*holds no policy\.json; `acodm export` writes one"):
         open_policy(tmp_path / "nowhere")
-    monkeypatch.setattr("acodm_env.policy.POLICIES", tmp_path)
+    monkeypatch.setattr("acodm_env.policy.load.POLICIES", tmp_path)
     with pytest.raises(ConfigError, match="policy=generalist: must come with the package"):
         make_mixer("generalist")
 

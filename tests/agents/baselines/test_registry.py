@@ -19,7 +19,8 @@ from acodm_env.errors import ConfigError
 from acodm_env.files import read_state, write_state
 from acodm_env.pretrain.config import LMConfig
 from acodm_env.pretrain.trainer import LMTrainer
-from acodm_env.trainer import RunResult, StepStats, drive
+from acodm_env.step_stats import StepStats
+from acodm_env.trainer import RunResult, drive
 from acodm_env.watching import held_out_curve, watched_steps
 from toy import ToyTrainer
 
@@ -33,7 +34,7 @@ def policies(tmp_path_factory):
     folder = tmp_path_factory.mktemp("policies")
     general(probe_sequences=None).save(folder / "generalist")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("acodm_env.policy.POLICIES", folder)
+        patch.setattr("acodm_env.policy.load.POLICIES", folder)
         yield folder
 
 

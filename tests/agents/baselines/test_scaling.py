@@ -8,7 +8,7 @@ from acodm_env.agents.baselines import make_mixer
 from acodm_env.agents.baselines.scaling import Ado, fit_laws
 from acodm_env.errors import ConfigError
 from acodm_env.files import read_state, write_state
-from acodm_env.trainer import StepStats
+from acodm_env.step_stats import StepStats
 from toy import ToyTrainer
 
 NAN = float("nan")

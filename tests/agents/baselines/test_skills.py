@@ -7,12 +7,12 @@ import pytest
 from acodm_env.agents.baselines import make_mixer
 from acodm_env.errors import ConfigError
 from acodm_env.files import read_state, write_state
-from acodm_env.trainer import RunResult, StepStats, drive
+from acodm_env.step_stats import StepStats
+from acodm_env.trainer import RunResult, drive
 from acodm_env.wrapper import Lagged
 from toy import ToyTrainer
 
-NAMES = ("python", "prose")
-INFO = replace(ToyTrainer((0.5, 0.5)).info, domains=NAMES, targets=NAMES)
+INFO = replace(ToyTrainer((0.5, 0.5)).info, domains=("python", "prose"), targets=("python", "prose"))
 
 
 class LinearTrainer(ToyTrainer):

@@ -1,0 +1,1 @@
+"""Text from files, the hub or this installation, into token stores."""

@@ -1,1 +1,0 @@
-"""What a trained model can do: perplexity by domain, and the field's downstream tasks."""

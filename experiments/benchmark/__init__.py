@@ -1,0 +1,1 @@
+"""`acodm benchmark`: mixers × seeds × schedules as jobs that are run once."""

@@ -1,0 +1,1 @@
+"""`acodm benchmark --suite`: many mixing problems at once."""

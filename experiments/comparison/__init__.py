@@ -1,0 +1,1 @@
+"""Runs against runs: paired differences, intervals, crossings."""

@@ -1,0 +1,1 @@
+"""`acodm evaluate`: perplexity by domain, and the field's downstream tasks."""

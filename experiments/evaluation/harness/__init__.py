@@ -1,0 +1,1 @@
+"""The tasks of lm-eval, from local files."""

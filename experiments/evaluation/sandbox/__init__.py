@@ -1,0 +1,1 @@
+"""Generated programs, run where they can do no harm."""

@@ -1,0 +1,1 @@
+"""`acodm overhead`: what measuring costs a training step."""

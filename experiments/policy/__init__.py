@@ -1,0 +1,1 @@
+"""Learning, tuning, exporting and judging policies."""

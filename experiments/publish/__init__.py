@@ -1,0 +1,1 @@
+"""Models and policies as others load them, with cards."""

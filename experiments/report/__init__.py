@@ -1,0 +1,1 @@
+"""`acodm report`: one page that opens in any browser, and pictures."""

@@ -1,0 +1,1 @@
+"""Response surfaces: fitted to runs, and who learns what on them."""

@@ -1,0 +1,1 @@
+"""Target runs: `acodm transfer` and `acodm cotrain`."""
