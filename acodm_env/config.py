@@ -24,3 +24,8 @@ def from_dict(kind: type[Config], settings: Mapping[str, Any], name: str) -> Con
         return kind(**values)
     except (TypeError, AttributeError) as error:  # a comparison or a loop over a value of the wrong kind
         raise ConfigError(f"{name}={dict(settings)}: a value is of the wrong type ({error})") from error
+
+
+def split_names(text: str | None) -> list[str]:
+    """Names separated by commas, as settings have them; blanks around them and empty ones do not count."""
+    return [name for part in (text or "").split(",") if (name := part.strip())]

@@ -100,10 +100,11 @@ class MixtureEnv(gym.Env[Observation, NDArray[np.float32]]):
         self.action_space = gym.spaces.Box(-1.0, 1.0, (self.observer.num_rows,), dtype=np.float32)
         self._controller = Controller(self.action_map)
         objective_weights(self.reward_config.objective, trainer.info)  # refuse early
-        self._needs = self.observer.needs | self.reward_config.needs
+        self.needs = self.observer.needs | self.reward_config.needs
+        """What fields and reward have measured (`trainer.require`)."""
         self.bounds.project(self.action_map.weights(np.zeros(trainer.info.num_domains)))  # refuse early
-        require(trainer, self._needs, "env: fields and reward")
-        _check_samples(trainer, self._needs)
+        require(trainer, self.needs, "env: fields and reward")
+        _check_samples(trainer, self.needs)
         self._uniform_curve: dict[int, float] | None = None
         self._history: list[StepStats] = []
         self._window: StepStats | None = None  # steps since the last decision
@@ -145,7 +146,7 @@ class MixtureEnv(gym.Env[Observation, NDArray[np.float32]]):
         diverged = window.diverged
         ended = diverged or window.step >= self.trainer.info.horizon
         before = self._objective
-        if not diverged and (ended or "validation" in self._needs):
+        if not diverged and (ended or "validation" in self.needs):
             held_out = self.trainer.evaluate("validation")
             window = replace(window, eval_losses=self._measured(held_out))
             self._objective = self._judge(held_out)

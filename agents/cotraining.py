@@ -159,6 +159,11 @@ class Cotrainer:
         self.diverged = False
 
     @property
+    def updates(self) -> int:
+        """Gradient steps of the agent so far."""
+        return int(self.agent._n_updates)
+
+    @property
     def decisions(self) -> int:
         """Decisions taken so far."""
         return int(self.agent.num_timesteps)

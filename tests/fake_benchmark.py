@@ -255,11 +255,12 @@ def fake_transfer(path: Path, mixer: str = "uniform", seed: int = 0, *, gain: fl
     targets = [*(changes.get("targets") or DOMAINS)]
     full = {**config, "targets": targets, "objective": [1 / len(targets)] * len(targets)}
     write_run(path, full, gain=gain, noise=0.01, until=config["steps"])
-    finish_run(path, full, {})
-    known = ("mixer", "mean_loss_nats", "mean_perplexity", "domain_loss_nats", "seconds_per_step", "diverged")
+    finish_run(path, full, fake_cost(config["steps"], 1e6, 0))
+    known = ("mixer", "mean_loss_nats", "mean_perplexity", "domain_loss_nats", "seconds_per_step", "diverged", "cost")
     result = json.loads((path / "result.json").read_text())
     kept = {name: result[name] for name in (*known, "final_exploration")}
     plain = {key: value for key, value in config.items() if key != "targets"}
-    write_json(path / "config.json", {"config": plain, "versions": VERSIONS, "git_commit": COMMIT})
+    command = f"acodm transfer --mixer {mixer} --out {path}"
+    write_json(path / "config.json", {"config": plain, "command": command, "versions": VERSIONS, "git_commit": COMMIT})
     write_json(path / "result.json", {**kept, "steps_to_reference_ratio": None, "config": plain})
     return path

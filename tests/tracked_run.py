@@ -2,6 +2,7 @@
 
 import os
 import signal
+from functools import partial
 
 import numpy as np
 import pytest
@@ -72,11 +73,13 @@ def sigkilled(path, track, step):
 def expected(folder):
     """By key, the (step, value) pairs that the logs hold."""
     found = {}
-    for log in ("stats.jsonl", "eval.jsonl"):
-        for record in folder.lines(log):
-            values = step_values(record, DOMAINS) if log == "stats.jsonl" else evaluation_values(record)
-            for key, value in values.items():
-                found.setdefault(key, []).append((record["step"], value))
+    for lines, shown in (
+        (folder.steps, partial(step_values, domains=DOMAINS)),
+        (folder.evaluations, evaluation_values),
+    ):
+        for line in lines:
+            for key, value in shown(line).items():
+                found.setdefault(key, []).append((line.step, value))
     return found
 
 

@@ -116,7 +116,7 @@ def leading(trainer: "LMTrainer") -> Iterator[Led | None]:
         LostRank: another process ended too early.
     """
     if trainer.ranks.rank > 0:
-        with _deaf_to_sigterm():
+        with _ignore_sigterm():
             _serve(trainer)
         yield None
         return
@@ -165,7 +165,7 @@ def _generator(state: Mapping[str, Any]) -> np.random.Generator:
 
 
 @contextmanager
-def _deaf_to_sigterm() -> Iterator[None]:
+def _ignore_sigterm() -> Iterator[None]:
     """Pre-emption signals every process, but process 0 alone answers it, and needs the others for its checkpoint."""
     if threading.current_thread() is not threading.main_thread():
         yield

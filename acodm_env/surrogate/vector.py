@@ -64,8 +64,9 @@ class SurrogateVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32], Any
         interaction = from_dict(InteractionConfig, config.interaction or {}, "interaction")
         self.observer = Observer(info, fields, interaction, batch=(num_envs,), dtype=self.dtype)
         objective_weights(self.reward_config.objective, info)  # refuse early
-        self._needs = self.observer.needs | self.reward_config.needs
-        require(self.trainer, self._needs, "env: fields and reward")
+        self.needs = self.observer.needs | self.reward_config.needs
+        """What fields and reward have measured (`trainer.require`)."""
+        require(self.trainer, self.needs, "env: fields and reward")
         self.single_observation_space = gym.spaces.Box(self.observer.low, self.observer.high, dtype=np.float32)
         self.single_action_space = gym.spaces.Box(-1.0, 1.0, (self.observer.num_rows,), dtype=np.float32)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
@@ -113,7 +114,7 @@ class SurrogateVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32], Any
         window = self._train(self.trainer, self._weights)
         self._ended = window.step >= self.trainer.info.horizon
         before = self._objective
-        if self._ended or "validation" in self._needs:
+        if self._ended or "validation" in self.needs:
             held_out = self.trainer.evaluate("validation")
             window = replace(window, eval_losses=self._measured(held_out))
             self._objective = self._judge(held_out)

@@ -5,7 +5,6 @@ replayed by the data that would weigh the same. Playing a run's time average bes
 time were worth anything.
 """
 
-import json
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ import numpy as np
 
 from acodm_env.errors import ConfigError
 from acodm_env.files import read_json
+from acodm_env.run_log import StepLine, array, read_log
 from acodm_env.step_stats import Array, StepStats
 from acodm_env.trainer import Mixer, RunInfo
 
@@ -176,17 +176,10 @@ def recorded_mixtures(run: Path, domains: Sequence[str]) -> Array:
     if not (run / "config.json").exists():
         raise ConfigError(f"run={run}: must be the folder of a run (it has no config.json); check the path")
     order = _order(run, domains)
-    lines = (run / "stats.jsonl").read_text(encoding="utf-8").splitlines() if (run / "stats.jsonl").exists() else []
-    mixtures = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            where = f"run={run}: stats.jsonl, line {number}"
-            raise ConfigError(f"{where}: must be JSON ({error}); it was edited; choose another run") from error
-        mixtures.append(_effective(record, len(domains), f"run={run}: stats.jsonl, line {number}"))
+    mixtures = [
+        _effective(line, len(domains), f"run={run}: {StepLine.log}, line {number}")
+        for number, line in enumerate(read_log(run, StepLine), start=1)
+    ]
     if not mixtures:
         raise ConfigError(f"run={run}: has no steps in stats.jsonl; train it first")
     recorded: Array = np.array(mixtures)[:, order]
@@ -210,14 +203,13 @@ def _order(run: Path, domains: Sequence[str]) -> list[int]:
     return [theirs.index(name) for name in domains]
 
 
-def _effective(record: Any, num_domains: int, where: str) -> Array:
+def _effective(line: StepLine, num_domains: int, where: str) -> Array:
     """requested × loss weights (K,), summing to 1."""
     try:
-        requested = np.array(record["requested"], dtype=np.float64)
-        factors = record.get("loss_weights")
-        mixture: Array = requested if factors is None else requested * np.array(factors, dtype=np.float64)
+        requested = array(line.requested)
+        mixture: Array = requested if line.loss_weights is None else requested * array(line.loss_weights)
         usable = mixture.shape == (num_domains,) and np.isfinite(mixture).all() and (mixture >= 0).all()
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"{where}: must have requested, and loss_weights or null ({error!r})") from error
     if not (usable and mixture.sum() > 0):
         raise ConfigError(

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from acodm_env.config import split_names
 from acodm_env.errors import ConfigError, unknown
 from acodm_env.objective import check_metric
 
@@ -125,7 +126,7 @@ class BenchmarkConfig:
     def seed_list(self) -> tuple[int, ...]:
         """The seeds."""
         text = self.seeds or ""
-        parts = [part.strip() for part in text.split(",") if part.strip()]
+        parts = split_names(text)
         if not parts or not all(part.isdecimal() for part in parts):
             raise ConfigError(f"seeds={self.seeds}: must be a number of seeds, or seeds of at least 0: 0,1,2")
         numbers = [int(part) for part in parts]
@@ -143,7 +144,7 @@ class BenchmarkConfig:
 
     def schedule_list(self) -> tuple[str, ...]:
         """The learning-rate schedules."""
-        names = tuple(dict.fromkeys(part.strip() for part in (self.schedules or "").split(",") if part.strip()))
+        names = tuple(dict.fromkeys(split_names(self.schedules)))
         for name in names or ("",):
             if name not in ("cosine", "constant"):
                 unknown("schedules", name, ("cosine", "constant"))

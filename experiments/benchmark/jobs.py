@@ -21,8 +21,9 @@ from acodm_env.agents.baselines.recorded import MEAN_OF, recorded_mixtures
 from acodm_env.corpus import TokenStore, open_corpus
 from acodm_env.errors import AcodmError, DataError
 from acodm_env.experiments.benchmark.plan import Cell, Entry, Plan, digest_of
+from acodm_env.experiments.run.accounting import learning_cost, one_cost, running_cost, total_cost
 from acodm_env.experiments.run.folder import RunFolder, recorded_config
-from acodm_env.experiments.run.loop import measured_tokens, run_mixer
+from acodm_env.experiments.run.loop import run_mixer
 from acodm_env.experiments.run.results import judged, objective_result
 from acodm_env.files import read_json, read_state, sha256, write_json, write_state
 from acodm_env.policy.dense import Policy
@@ -107,13 +108,14 @@ class Bench:
             schedule=cell.schedule,
             interval=decision_interval(mixer, self.settings),
         )
-        cost = {"learning": _learning_cost(mixer, self.store), "preparation": self._prepare(cell, mixer, trainer)}
+        cost = {"learning": learning_cost(mixer, self.store), "preparation": self._prepare(cell, mixer, trainer)}
         options = {"policy": mixer.policy.fingerprint} if isinstance(mixer, PolicyMixer) else dict(entry.options)
         identity = {**self.settings, "mixer": cell.mixer, "schedule": cell.schedule, "seed": cell.seed}
-        folder = RunFolder(self.out / cell.folder, identity | {"rule": entry.mixer, "options": options})
+        identity |= {"rule": entry.mixer, "options": options}
+        folder = RunFolder(self.out / cell.folder, identity, command=cell.command)
         driven, evaluations = _behind_its_lag(trainer, mixer), self.settings["evaluations"]
         run_mixer(folder, driven, mixer, seed=cell.seed, evaluations=evaluations, on_step=on_step)
-        cost |= _running_cost(folder, trainer, mixer)
+        cost |= running_cost(folder, trainer.info, excess="excess" in mixer.needs)
         outcome = objective_result(folder)
         final = None if outcome["diverged"] else trainer.evaluate("validation")
         outcome |= judged(trainer.info, outcome["domain_loss_nats"], final)
@@ -141,15 +143,15 @@ class Bench:
     def _prepare(self, cell: Cell, mixer: Mixer, trainer: "LMTrainer") -> dict[str, float]:
         """Hand the mixer what was run for it; returns what that cost."""
         if not cell.needs:
-            return _cost()
+            return one_cost()
         before = read_json(self.out / self.plan.cells[cell.needs[0]].folder / "result.json")
         if cell.mixer.startswith(MEAN_OF):  # its weights cost a whole run of what it averages
-            return _total(before["cost"].values())
+            return total_cost(before["cost"].values())
         started = time.perf_counter()
         mixer.preparation(trainer.info)
         mixer.prepare({name: _result(record) for name, record in before["results"].items()})
-        fitting = _cost(seconds=time.perf_counter() - started)
-        return _total([before["cost"], fitting])
+        fitting = one_cost(seconds=time.perf_counter() - started)
+        return total_cost([before["cost"], fitting])
 
     def run_preparation(self, cell: Cell, on_step: OnStep) -> None:
         """Make every run that the cell's methods ask for, one after the other."""
@@ -157,9 +159,9 @@ class Bench:
         trainer = lm_trainer(self.settings, self.store, self.heldout)
         requests = self.plan.entry(name).make().preparation(trainer.info)
         identity = {**self.settings, "requests": digest_of(requests), "seed": cell.seed}
-        folder = RunFolder(self.out / cell.folder, identity)
+        folder = RunFolder(self.out / cell.folder, identity, command=cell.command)
         results = {request.name: self._request(request, folder.path, cell.seed, on_step) for request in requests}
-        cost = _total(record.pop("cost") for record in results.values())
+        cost = total_cost(record.pop("cost") for record in results.values())
         finish(folder, {"mixer": cell.mixer, "seed": cell.seed, "results": results, "cost": cost})
 
     def _request(self, request: RunRequest, parent: Path, seed: int, on_step: OnStep) -> dict[str, Any]:
@@ -184,21 +186,21 @@ class Bench:
         initial = trainer.evaluate("validation")
         driver = Watched(mixer, watched_steps(request)) if request.evaluate_at else mixer
         run_mixer(folder, _behind_its_lag(trainer, mixer), driver, seed=seed, evaluations=0, on_step=on_step)
-        records = folder.lines("stats.jsonl")
-        diverged = bool(records[-1]["diverged"])
+        lines = folder.steps
+        diverged = lines[-1].diverged
         final = np.full_like(initial, np.nan) if diverged else trainer.evaluate("validation")
         if request.keep_model:
             from acodm_env.pretrain.checkpoint import to_numpy
 
             write_state(folder.path / "model.safetensors", to_numpy(trainer.bare_model.state_dict()))
-        running = _running_cost(folder, trainer, mixer, evaluations=2)
-        curve = held_out_curve(request, {record["step"]: record["eval_losses"] for record in records}, final)
+        running = running_cost(folder, trainer.info, excess="excess" in mixer.needs, evaluations=2)
+        curve = held_out_curve(request, {line.step: line.eval_losses for line in lines}, final)
         result = {
             "mixture": recorded_mixtures(folder.path, self.store.domains).mean(0).tolist(),
             "initial_losses": initial.tolist(),
             "final_losses": [x if math.isfinite(x) else None for x in final.tolist()],
             **{name: values.tolist() for name, values in curve.items()},
-            "cost": _total([*running.values(), _learning_cost(mixer, self.store)]),
+            "cost": total_cost([*running.values(), learning_cost(mixer, self.store)]),
         }
         shutil.rmtree(folder.path / "checkpoints", ignore_errors=True)
         write_json(folder.path / "result.json", result)
@@ -281,48 +283,6 @@ def finish(folder: RunFolder, result: dict[str, Any]) -> None:
     files = {name: sha256(folder.path / name) for name in LOGGED if (folder.path / name).exists()}
     write_json(folder.path / "result.json", result | {"files": files})
     shutil.rmtree(folder.path / "checkpoints", ignore_errors=True)
-
-
-def _cost(tokens: float = 0, flops: float = 0.0, seconds: float = 0.0) -> dict[str, float]:
-    return {"tokens": tokens, "flops": flops, "seconds": seconds}
-
-
-def _total(parts: Any) -> dict[str, float]:
-    parts = list(parts)
-    return {key: sum(part[key] for part in parts) for key in ("tokens", "flops", "seconds")}
-
-
-def _running_cost(
-    folder: RunFolder, trainer: "LMTrainer", mixer: Mixer, evaluations: int = 0
-) -> dict[str, dict[str, float]]:
-    """What a run cost: training, and what its mixer had measured beyond it (forward passes, a third of training each).
-
-    Seconds are those of the steps, measurements included; the Gram matrix counts in seconds only.
-    """
-    records, info = folder.lines("stats.jsonl"), trainer.info
-    tokens = len(records) * info.batch_size * info.sequence_length
-    measured = evaluations * info.eval_tokens + sum(measured_tokens(record, info.eval_tokens) for record in records)
-    measured += tokens if "excess" in mixer.needs else 0
-    return {
-        "training": _cost(tokens, tokens * info.flops_per_token, sum(record["seconds"] for record in records)),
-        "measurement": _cost(measured, measured * info.flops_per_token / 3),
-    }
-
-
-def _learning_cost(mixer: Mixer, store: TokenStore) -> dict[str, float]:
-    """What learning a policy cost, as it records; an untrained one cost nothing."""
-    if not isinstance(mixer, PolicyMixer) or mixer.policy.provenance.get("checkpoint") == "untrained":
-        return _cost()
-    from acodm_env.pretrain.models import flops_per_token_of
-
-    record = mixer.policy.provenance
-    tokens, config = record.get("learning_tokens", 0), record.get("config", {})
-    flops = record.get("learning_flops")
-    if flops is None:  # of a policy that was exported before that was recorded
-        learned = tokens and "proxy" in config and not config.get("surrogate")
-        per_token = flops_per_token_of(config["proxy"], store.vocab_size, config["sequence_length"]) if learned else 0.0
-        flops = tokens * per_token
-    return _cost(tokens, flops, record.get("learning_seconds", 0.0))
 
 
 def guarded(out: Path, index: int, on_step: OnStep = lambda stats: None, redirect: bool = False) -> str | None:

@@ -15,6 +15,7 @@ from typing import Any
 from acodm_env.agents.baselines import make_mixer, mixer_factory
 from acodm_env.agents.baselines.policies import POLICY_ROWS
 from acodm_env.agents.baselines.recorded import MEAN_OF
+from acodm_env.config import split_names
 from acodm_env.errors import ConfigError
 from acodm_env.files import read_json, write_json
 from acodm_env.policy.load import SHIPPED
@@ -115,7 +116,7 @@ def parse_entries(mixers: str, options: Mapping[str, Any], policy: str | None) -
     Raises:
         ConfigError: a mixer is named twice or unknown, or options are given for one that is not in the list.
     """
-    names = [name.strip() for name in mixers.split(",") if name.strip()]
+    names = split_names(mixers)
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"mixers={mixers}: '{name}' is named twice; give a second form another name by --options")

@@ -1,16 +1,17 @@
 """From settings to the plan: which rows, seeds and schedules, with those of earlier plans."""
 
-import shlex
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from acodm_env.agents.baselines import mixer_names
 from acodm_env.agents.baselines.recorded import MEAN_OF
+from acodm_env.config import split_names
 from acodm_env.errors import ConfigError
 from acodm_env.experiments.benchmark.config import DEFAULTS, BenchmarkConfig
 from acodm_env.experiments.benchmark.plan import Entry, Plan, build, parse_entries
+from acodm_env.experiments.run.command import command_line
 
 if TYPE_CHECKING:
     from acodm_env.trainer import RunInfo
@@ -66,7 +67,7 @@ def plan_rows(
         schedules=_union(config.schedule_list(), earlier.schedules if earlier else ()),
         seeds=_union(config.seed_list(), earlier.seeds if earlier else ()),
         reference=config.reference,
-        command=command or shlex.join(command_line(config)),
+        command=command or command_line("benchmark", config, DEFAULTS),
         out=out,
         averaged=averaged if averaged is not None or config.mean_of else (),
     )
@@ -94,7 +95,7 @@ def check(entry: Entry, settings: Mapping[str, Any], trainer: Any) -> "RunInfo":
 
 
 def _all(mixers: str) -> str:
-    names = [name.strip() for name in mixers.split(",")]
+    names = split_names(mixers)
     every = [name for name in mixer_names() if name not in NEED_OPTIONS and not name.endswith("-proxy")]
     return ",".join(part for name in names for part in (every if name == "all" else [name]))
 
@@ -128,17 +129,3 @@ def _averaged(earlier: Plan | None) -> list[str]:
 
 def _union(new: Sequence[Any], old: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(dict.fromkeys((*old, *new)))
-
-
-def command_line(config: BenchmarkConfig) -> list[str]:
-    """The command line that this configuration is."""
-    import json
-
-    words = ["acodm", "benchmark"]
-    for setting in fields(config):
-        value = getattr(config, setting.name)
-        default = DEFAULTS.get(setting.name, setting.default) if setting.name != "options" else {}
-        if value != default:
-            text = json.dumps(value) if isinstance(value, dict) else str(value)
-            words += [f"--{setting.name}", text] if value is not True else [f"--{setting.name}"]
-    return words

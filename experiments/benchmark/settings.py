@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from acodm_env.config import split_names
 from acodm_env.errors import ConfigError, unknown
 from acodm_env.experiments.console import note
 
@@ -56,8 +57,8 @@ def shared_settings(config: "BenchmarkConfig") -> dict[str, Any]:
 
 def _domains(config: "BenchmarkConfig", whole: "TokenStore") -> list[str]:
     """Domains to train on."""
-    named = [name.strip() for name in config.domains.split(",")] if config.domains else list(whole.trainable)
-    left_out = [name.strip() for name in (config.exclude or "").split(",") if name.strip()]
+    named = split_names(config.domains) if config.domains else list(whole.trainable)
+    left_out = split_names(config.exclude)
     for name in left_out:
         if name not in whole.domains:
             unknown("exclude", name, whole.domains)

@@ -5,9 +5,8 @@ comparison says in `problems` what it lacks. Whether the runs differ is for summ
 """
 
 import json
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,10 @@ import numpy as np
 
 from acodm_env.errors import ConfigError, DataError, unknown
 from acodm_env.experiments.comparison.fairness import unfair
-from acodm_env.experiments.comparison.run import Run, read_failure, read_lines, read_record, read_run
+from acodm_env.experiments.comparison.run import Run, read_failure, read_record, read_run
 from acodm_env.experiments.run.results import objective_name
 from acodm_env.files import read_json
+from acodm_env.run_log import EvaluationLine, read_log
 from acodm_env.step_stats import Array
 
 __all__ = ["Comparison", "Run", "load"]
@@ -261,7 +261,7 @@ def _transfers(folders: Sequence[Path]) -> Comparison:
             mixer=names[folder],
             schedule=config["schedule"],
             seed=config["seed"],
-            command=_transfer_command(config, folder),
+            command=str(records[folder].get("command", "")),
             targets=settings["targets"],
         )
         for folder, config in configs.items()
@@ -271,7 +271,7 @@ def _transfers(folders: Sequence[Path]) -> Comparison:
 
 def _targets(folder: Path, config: Mapping[str, Any]) -> tuple[str, ...]:
     """Names of a run's held-out sets; () if it was not evaluated yet."""
-    logged = [record.get("targets", ()) for record in read_lines(folder / "eval.jsonl")[:1]]
+    logged = [line.targets for line in read_log(folder, EvaluationLine)[:1]]
     return tuple(config.get("targets") or (logged[0] if logged else ()))
 
 
@@ -310,41 +310,6 @@ def _labels(configs: Mapping[Path, Mapping[str, Any]]) -> dict[Path, str]:
         folder: name if len(kinds[name]) == 1 else f"{name} ({kinds[name][kind]})"
         for folder, (name, kind) in found.items()
     }
-
-
-def _transfer_command(config: Mapping[str, Any], folder: Path) -> str:
-    """The command of a plain run, where of a policy only the fingerprint is known; "" for a benchmark's cell."""
-    if "rule" in config or not {"policy", "mixer"} <= config.keys():  # a cell's, or a co-trained run's
-        return ""
-    from acodm_env.experiments.target.config import TransferConfig
-
-    words = ["acodm", "transfer"]
-    for setting in sorted(fields(TransferConfig), key=lambda each: each.name not in ("policy", "mixer")):
-        value = _flag(config, setting.name)
-        if value is None or value == setting.default or setting.name in ("out", "quiet", "reference", "domains"):
-            continue  # of the domains a run keeps all names, whether they were asked for or not
-        if setting.name == "policy":
-            value = "DIR"
-        words += [f"--{setting.name}", str(value)]
-    return shlex.join([*words, "--out", str(folder)])
-
-
-def _flag(config: Mapping[str, Any], name: str) -> Any:
-    """What a setting was given as, from what the run records of it."""
-
-    def listed(names: Iterable[str], values: Iterable[Any]) -> str:
-        return ",".join(f"{one}={value}" for one, value in zip(names, values, strict=True))
-
-    value = config.get(name)
-    if name == "objective":
-        return config.get("metric")
-    if name == "targets":
-        return None if value is None else listed(value, config["objective"])
-    if name == "cut":
-        return None if value is None else listed(value.keys(), value.values())
-    if name == "certificate":
-        return None if value is None else "DIR"
-    return listed(config["domains"], value) if isinstance(value, list) and name == "weights" else value
 
 
 def _comparison(

@@ -1,8 +1,8 @@
 """One target run as its folder records it, in whatever state it is: nothing here fails on what is missing or broken."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from acodm_env.errors import DataError
 from acodm_env.files import read_json, sha256
+from acodm_env.run_log import EvaluationLine, StepLine, array, read_log
 from acodm_env.step_stats import Array
 
 COSTS = ("training", "measurement", "preparation", "learning")
@@ -57,17 +58,26 @@ class Run:
         loss: Array = self.losses[:, used] @ objective[used]
         return loss
 
-    def records(self) -> list[dict[str, Any]]:
-        """The lines of its `stats.jsonl`, read now; those after a broken line are dropped."""
-        return read_lines(self.folder / "stats.jsonl")
+    def steps_taken(self) -> list[StepLine]:
+        """The lines of its `stats.jsonl`, read now.
+
+        Raises:
+            DataError: one is damaged; says which.
+        """
+        return read_log(self.folder, StepLine)
 
 
 def read_run(folder: Path, *, mixer: str, schedule: str, seed: int, command: str, targets: Sequence[str]) -> Run:
     """A run's folder, whatever state it is in."""
     record = read_record(folder, [])
-    steps, losses = _curve(folder, len(targets))
-    status, message, result = "missing", "", None
-    if (folder / "result.json").exists():
+    status, message, result, damaged = "missing", "", None, ""
+    try:
+        steps, losses = _curve(folder, len(targets))
+    except DataError as error:
+        (steps, losses), damaged = (np.empty(0), np.empty((0, len(targets)))), str(error)
+    if damaged:
+        status, message = "failed", damaged
+    elif (folder / "result.json").exists():
         result, message = _result(folder)
         status = "failed" if result is None else "finished"
         if result is not None and (result["diverged"] or result["mean_loss_nats"] is None):
@@ -131,19 +141,14 @@ def read_failure(folder: Path) -> str:
 
 
 def _curve(folder: Path, num_targets: int) -> tuple[Array, Array]:
-    """Steps (E,) and test losses (E, M) of the evaluations, as far as they are whole."""
-    steps, rows = [], []
-    for record in read_lines(folder / "eval.jsonl"):
-        try:
-            row = [np.nan if loss is None else float(loss) for loss in record["losses"]]
-            step = float(record["step"])
-        except (KeyError, TypeError, ValueError):
-            break
-        if len(row) != num_targets:
-            break
-        steps.append(step)
-        rows.append(row)
-    return np.array(steps, dtype=np.float64), np.array(rows, dtype=np.float64).reshape(len(rows), num_targets)
+    """Steps (E,) and test losses (E, M) of the evaluations, up to one of other targets.
+
+    Raises:
+        DataError: a line is damaged; says which.
+    """
+    own = list(takewhile(lambda line: len(line.losses) == num_targets, read_log(folder, EvaluationLine)))
+    losses = array([line.losses for line in own]).reshape(len(own), num_targets)
+    return np.array([line.step for line in own], dtype=np.float64), losses
 
 
 def read_record(folder: Path, problems: list[str]) -> dict[str, Any]:
@@ -156,17 +161,3 @@ def read_record(folder: Path, problems: list[str]) -> dict[str, Any]:
     except (DataError, OSError) as error:
         problems.append(str(error))
     return {}
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Records of a log; [] if there is none, and nothing after a line that was cut short."""
-    records: list[dict[str, Any]] = []
-    try:
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            record = json.loads(line)
-            if not isinstance(record, dict):
-                break
-            records.append(record)
-    except (OSError, json.JSONDecodeError):
-        pass
-    return records

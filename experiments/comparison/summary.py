@@ -13,8 +13,14 @@ import numpy as np
 
 from acodm_env.agents.baselines.recorded import MEAN_OF
 from acodm_env.experiments.comparison import statistics
-from acodm_env.experiments.comparison.contrasts import Difference, differences_of, values_of
-from acodm_env.experiments.comparison.crossing import cost_ratio, cost_unit, steps_ratio
+from acodm_env.experiments.comparison.contrasts import (
+    Difference,
+    cost_ratio,
+    cost_unit,
+    differences_of,
+    steps_ratio,
+    values_of,
+)
 from acodm_env.experiments.comparison.load import Comparison, Run, load
 from acodm_env.experiments.comparison.run import COSTS, UNITS
 from acodm_env.experiments.comparison.statistics import Interval

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from acodm_env.config import split_names
 from acodm_env.errors import ConfigError
 
 WITHOUT_EXAMPLES = {"perplexity", "humaneval"}
@@ -98,7 +99,7 @@ class EvaluateConfig:
     @property
     def task_names(self) -> list[str]:
         """The tasks, each once."""
-        return list(dict.fromkeys(name.strip() for name in self.tasks.split(",") if name.strip()))
+        return list(dict.fromkeys(split_names(self.tasks)))
 
     @property
     def rows(self) -> int | None:

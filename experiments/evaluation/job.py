@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from acodm_env.config import split_names
 from acodm_env.corpus import TokenStore, open_corpus
 from acodm_env.errors import ConfigError, DataError
 from acodm_env.experiments.console import note, progress
@@ -56,7 +57,7 @@ def _store(config: "EvaluateConfig", subject: Subject) -> TokenStore:
         ConfigError: none is known.
         DataError: the run's is not there, or no longer what the run was trained on.
     """
-    asked = None if config.domains is None else [name.strip() for name in config.domains.split(",")]
+    asked = None if config.domains is None else split_names(config.domains)
     if config.corpus is not None:
         store = open_corpus(config.corpus, config.quiet)
         return store if asked is None else store.subset(asked)

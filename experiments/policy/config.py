@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from acodm_env.config import from_dict
+from acodm_env.config import from_dict, split_names
 from acodm_env.errors import ConfigError
 from acodm_env.objective import check_metric, parse_targets
 
@@ -206,7 +206,7 @@ class TrainConfig:
             **{name: getattr(self, name) for name in PROBLEM},
             "episode_steps": self.episode_steps,
             "steps_per_action": self.steps_per_action,
-            "fields": self.fields.split(",") if self.fields else None,
+            "fields": split_names(self.fields) if self.fields else None,
             "reward": read_reward(self.reward),
             "action": {"scale": self.action_scale, "floor": self.action_floor},
             "lag": self.lag,

@@ -15,7 +15,7 @@ from acodm_env.corpus import open_corpus
 from acodm_env.corpus.problem import Problem, choose_problem
 from acodm_env.errors import ConfigError, PolicyError
 from acodm_env.experiments.console import note, say, text_table
-from acodm_env.experiments.run.preemption import Preempted, heeding_sigterm
+from acodm_env.experiments.run.preemption import Preempted, catch_sigterm
 from acodm_env.files import write_json
 from acodm_env.objective import check_metric, parse_targets
 from acodm_env.policy.dense import Policy
@@ -150,7 +150,7 @@ def _certify(config: GateConfig, policy: Policy, problem: Problem) -> None:
     shared = ("steps", "batch_size", "sequence_length", "learning_rate", "eval_sequences", "device", "target_tokens")
     conditions = Conditions(proxy=config.proxy or "tiny", **{name: getattr(config, name) for name in shared})
     seeds = fresh_seeds(config.seed, config.seeds or 2)
-    with heeding_sigterm() as asked:
+    with catch_sigterm() as asked:
         try:
             certificate = certify(policy, problem, conditions, seeds, out, quiet=config.quiet, stop=asked)
         except Preempted as end:

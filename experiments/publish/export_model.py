@@ -89,7 +89,7 @@ def read_trained(path: str | Path) -> Trained:
     settings = _settings(folder.config)
     if settings is None:
         raise ConfigError(f"{wanted}; this one leaves none; train it by `acodm transfer` or `acodm cotrain`")
-    result, steps = folder.result, folder.lines("stats.jsonl")
+    result, steps = folder.result, folder.steps
     if result is None or not steps:
         raise DataError(f"{wanted}; it has not ended; give its command again, and it goes on to the end")
     if not (recover_folder(folder.path / "model") / WEIGHTS).is_file():

@@ -23,6 +23,7 @@ from acodm_env.experiments.publish.policy_card import (
 from acodm_env.experiments.run.folder import RunFolder
 from acodm_env.files import read_json
 from acodm_env.policy.dense import Policy
+from acodm_env.run_log import StepLine, array
 from acodm_env.step_stats import Array
 
 
@@ -33,7 +34,7 @@ class Trained:
     path: Path
     record: Mapping[str, Any]
     """`config.json`, with a benchmark's settings under the names of `acodm transfer`."""
-    steps: Sequence[Mapping[str, Any]]
+    steps: Sequence[StepLine]
     """Lines of `stats.jsonl`."""
     result: Mapping[str, Any]
     """`result.json`."""
@@ -47,7 +48,7 @@ class Trained:
     @property
     def tokens(self) -> int:
         """Tokens that it was trained on."""
-        return int(self.steps[-1]["tokens"])
+        return self.steps[-1].tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +143,7 @@ def _training_rows(run: Trained, weights: Weights) -> list[tuple[str, str]]:
         ("corpus fingerprint", f"`{config['corpus_fingerprint']}`"),
         ("model", bare_name(config["target"])),
         ("tokens", f"{run.tokens:,}"),
-        ("optimiser steps", f"{run.steps[-1]['step']:,} of {config['steps']:,}"),
+        ("optimiser steps", f"{run.steps[-1].step:,} of {config['steps']:,}"),
         ("sequences per step", f"{config['batch_size']:,}"),
         ("tokens per sequence", f"{config['sequence_length']:,}"),
         ("learning rate", f"{config['learning_rate']:g} at its peak, {config['schedule']}"),
@@ -155,7 +156,7 @@ def _training_rows(run: Trained, weights: Weights) -> list[tuple[str, str]]:
     for part, label in _BENCHMARK_COSTS.items():
         if flops := (result.get("cost") or {}).get(part, {}).get("flops"):
             rows.append((label, f"{flops:.3g} FLOPs"))
-    if skipped := sum(record.get("skipped", 0) for record in run.steps):
+    if skipped := sum(line.skipped for line in run.steps):
         rows.append(("updates skipped", f"{skipped:,}: the loss or the gradient was not finite"))
     if result.get("overridden_steps"):
         rows.append(("steps set by hand", f"{result['overridden_steps']:,}: an operator gave the mixture"))
@@ -184,14 +185,15 @@ def mixture_used(run: Trained) -> dict[str, Share]:
     """The mixture by domain over all steps, those before a change of domains too."""
     tokens: dict[str, float] = {}
     asked: dict[str, float] = {}
-    for domains, records in _phases(run):
-        sizes = _step_tokens(records)  # (S,)
-        for collected, key in ((tokens, "realised"), (asked, "requested")):
-            given = sizes @ np.array([record[key] for record in records])  # (K,)
+    for domains, lines in _phases(run):
+        sizes = _step_tokens(lines)  # (S,)
+        drawn, decided = array([line.realised for line in lines]), array([line.requested for line in lines])
+        for collected, shares in ((tokens, drawn), (asked, decided)):
+            given = sizes @ shares  # (K,)
             for name, value in zip(domains, given.tolist(), strict=True):
                 collected[name] = collected.get(name, 0.0) + value
     total = sum(tokens.values())
-    epochs = dict(zip(run.config["domains"], run.steps[-1]["epochs"], strict=True))
+    epochs = dict(zip(run.config["domains"], run.steps[-1].epochs, strict=True))
     return {
         name: Share(tokens=tokens[name], realised=tokens[name] / total, requested=asked[name] / total, epochs=passes)
         for name in tokens
@@ -199,17 +201,16 @@ def mixture_used(run: Trained) -> dict[str, Share]:
     }
 
 
-def _phases(run: Trained) -> list[tuple[Sequence[str], Sequence[Mapping[str, Any]]]]:
+def _phases(run: Trained) -> list[tuple[Sequence[str], Sequence[StepLine]]]:
     """Domains and steps, in order: the logs that changes of domains have put aside, then the run's own."""
-    found: list[tuple[Sequence[str], Sequence[Mapping[str, Any]]]] = []
+    found: list[tuple[Sequence[str], Sequence[StepLine]]] = []
     for archive in sorted(run.path.glob("before-step-*"), key=_archive_order):
         if (archive / "stats.jsonl").exists():
             before = RunFolder(archive, read_json(archive / "config.json")["config"])
             end = _archive_order(archive)[0]  # what was logged after it was done again
-            records = [record for record in before.lines("stats.jsonl") if record["step"] <= end]
-            found.append((list(before.config["domains"]), records))
+            found.append((list(before.config["domains"]), [line for line in before.steps if line.step <= end]))
     found.append((list(run.config["domains"]), run.steps))
-    return [(domains, records) for domains, records in found if records]
+    return [(domains, lines) for domains, lines in found if lines]
 
 
 def _archive_order(archive: Path) -> tuple[int, int]:
@@ -217,10 +218,10 @@ def _archive_order(archive: Path) -> tuple[int, int]:
     return int(step), int(count or 1)
 
 
-def _step_tokens(records: Sequence[Mapping[str, Any]]) -> Array:
+def _step_tokens(lines: Sequence[StepLine]) -> Array:
     """Tokens of every step (S,); the log counts them from the run's beginning."""
-    counted = np.array([record["tokens"] for record in records], dtype=np.float64)
-    before = counted[0] * (records[0]["step"] - 1) / records[0]["step"]
+    counted = np.array([line.tokens for line in lines], dtype=np.float64)
+    before = counted[0] * (lines[0].step - 1) / lines[0].step
     sizes: Array = np.diff(counted, prepend=before)
     return sizes
 

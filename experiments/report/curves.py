@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import takewhile
 
 import numpy as np
 
@@ -10,6 +10,7 @@ from acodm_env.experiments.comparison.load import Comparison, Run
 from acodm_env.experiments.comparison.statistics import CONFIDENCE
 from acodm_env.experiments.report.figure_style import MEAN_OF
 from acodm_env.experiments.report.figures import Curve
+from acodm_env.run_log import array
 from acodm_env.step_stats import Array
 
 MANY_EPOCHS = 4.0
@@ -124,25 +125,17 @@ class Mixtures:
 
 def read_mixture(run: Run, num_domains: int) -> Mixture | None:
     """A run's mixtures; None if its log has no whole line, or is another benchmark's."""
-    rows: list[tuple[Any, ...]] = []
-    for record in run.records():
-        row = [_numbers(record.get(name), num_domains) for name in ("requested", "realised", "epochs")]
-        tokens = record.get("tokens")
-        if not isinstance(tokens, int | float) or any(values is None for values in row):
-            break
-        rows.append((tokens, *row))
-    if not rows:
+    own = list(takewhile(lambda line: len(line.requested) == num_domains, run.steps_taken()))
+    if not own:
         return None
-    tokens, requested, realised, epochs = (np.array(column, dtype=np.float64) for column in zip(*rows, strict=True))
     return Mixture(
-        mixer=run.mixer, seed=run.seed, tokens=tokens, requested=requested, realised=realised, epochs=epochs[-1]
+        mixer=run.mixer,
+        seed=run.seed,
+        tokens=np.array([line.tokens for line in own], dtype=np.float64),
+        requested=array([line.requested for line in own]),
+        realised=array([line.realised for line in own]),
+        epochs=array(own[-1].epochs),
     )
-
-
-def _numbers(values: Any, count: int) -> list[float] | None:
-    if not isinstance(values, list) or len(values) != count:
-        return None
-    return [float(value) if isinstance(value, int | float) else float("nan") for value in values]
 
 
 def dynamic_pairs(mixers: Sequence[str]) -> list[tuple[str, str]]:

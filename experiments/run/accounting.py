@@ -5,12 +5,15 @@ steps that it kept; what was done twice is not in it. Rates are of the same line
 has only those since then. Runs that were logged before seconds were told apart have null where nothing was recorded.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from acodm_env.corpus import TokenStore
+from acodm_env.errors import AcodmError
 from acodm_env.experiments.run.folder import RunFolder
-from acodm_env.experiments.run.loop import measured_tokens
+from acodm_env.policy.mixer import PolicyMixer
+from acodm_env.run_log import EvaluationLine, StepLine
 from acodm_env.trainer import Mixer, RunInfo
 from acodm_env.wrapper import innermost
 
@@ -86,8 +89,8 @@ def peak_memory_bytes(device: Any) -> int | None:
 
 
 def cost(
-    records: Sequence[Mapping[str, Any]],
-    evaluations: Sequence[Mapping[str, Any]],
+    steps: Sequence[StepLine],
+    evaluations: Sequence[EvaluationLine],
     *,
     flops_per_token: float,
     device_name: str = "cpu",
@@ -99,8 +102,8 @@ def cost(
     """The field `accounting` of a run's `result.json`.
 
     Args:
-        records: lines of `stats.jsonl`, one per optimiser step, each of as many tokens.
-        evaluations: lines of `eval.jsonl`.
+        steps: one per optimiser step, each of as many tokens.
+        evaluations: of the run.
         flops_per_token: model FLOPs of training on one token, 6N and attention (`RunInfo.flops_per_token`).
         device_name: torch's name of the device, or "cpu".
         precision: "bf16" or "fp32".
@@ -108,25 +111,25 @@ def cost(
         memory: peak in bytes, of one device.
         eval_tokens: held-out tokens of a whole evaluation, which measurements are charged that do not say theirs.
     """
-    tokens = int(records[-1]["tokens"]) if records else 0
-    logged = tokens / records[-1]["step"] * len(records) if records else 0.0
-    seconds = {part: _sum(records, f"seconds_{part}") for part in PARTS}
-    seconds["validation"] = float(sum(record.get("seconds_validation", 0.0) for record in records))
-    steps = _sum(records, "seconds")
+    tokens = steps[-1].tokens if steps else 0
+    logged = tokens / steps[-1].step * len(steps) if steps else 0.0
+    seconds = {part: _sum([line.seconds_by_part.get(part) for line in steps]) for part in PARTS}
+    seconds["validation"] = float(sum(line.seconds_by_part.get("validation", 0.0) for line in steps))
+    taken = _sum([line.seconds for line in steps])
     overhead = [value for part, value in seconds.items() if part != "train"]
     known = seconds["train"] and None not in overhead
     mfu, reason = None, "no time was logged"
-    if steps:
-        mfu, reason = utilisation(logged * flops_per_token / steps, device_name, precision, devices)
-    measured = sum(measured_tokens({"eval_losses": None, **record}, eval_tokens) for record in records)
+    if taken:
+        mfu, reason = utilisation(logged * flops_per_token / taken, device_name, precision, devices)
+    measured = sum(line.measured_tokens(eval_tokens) for line in steps)
     return {
         "tokens": tokens,
         "flops": tokens * flops_per_token,
         "measurement_tokens": measured,
         "measurement_flops": measured * flops_per_token / 3,
         "measurement_frac": measured / 3 / logged if logged else None,
-        "seconds": {**seconds, "evaluation": _sum(evaluations, "seconds")},
-        "tokens_per_second": logged / steps if steps else None,
+        "seconds": {**seconds, "evaluation": _sum([line.seconds for line in evaluations])},
+        "tokens_per_second": logged / taken if taken else None,
         "overhead_frac": sum(overhead) / seconds["train"] if known else None,  # type: ignore[arg-type, operator]
         "mfu": mfu,
         "mfu_unknown": reason or None,
@@ -137,9 +140,8 @@ def cost(
     }
 
 
-def _sum(records: Sequence[Mapping[str, Any]], name: str) -> float | None:
-    """Sum of a number over all records; None unless every one has it."""
-    values = [record.get(name) for record in records]
+def _sum(values: Sequence[float | None]) -> float | None:
+    """None unless every line has the number."""
     return float(sum(values)) if values and None not in values else None  # type: ignore[arg-type]
 
 
@@ -170,8 +172,8 @@ def run_cost(folder: RunFolder, trainer: Any) -> dict[str, Any]:
     device = getattr(trainer, "device", None)
     described = {} if device is None else describe(device, getattr(trainer, "bf16", False))
     return cost(
-        folder.lines("stats.jsonl"),
-        folder.lines("eval.jsonl"),
+        folder.steps,
+        folder.evaluations,
         flops_per_token=trainer.info.flops_per_token,
         devices=getattr(getattr(trainer, "ranks", None), "world", 1),
         memory=None if device is None else peak_memory_bytes(device),
@@ -186,3 +188,60 @@ def describe(device: Any, bf16: bool) -> dict[str, str]:
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return {"device_name": name, "precision": "bf16" if bf16 else "fp32"}
+
+
+def one_cost(tokens: float = 0, flops: float = 0.0, seconds: float = 0.0) -> dict[str, float]:
+    """A part of the field `cost` of `result.json`: training, measurement, preparation or learning."""
+    return {"tokens": tokens, "flops": flops, "seconds": seconds}
+
+
+def total_cost(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The sum of parts."""
+    parts = list(parts)
+    return {unit: sum(part[unit] for part in parts) for unit in ("tokens", "flops", "seconds")}
+
+
+def running_cost(
+    folder: RunFolder, info: RunInfo, *, excess: bool = False, evaluations: int = 0
+) -> dict[str, dict[str, float]]:
+    """What a run cost: training, and what its mixer had measured beyond it (forward passes, a third of training each).
+
+    Seconds are those of the steps, measurements included; the Gram matrix counts in seconds only.
+
+    Args:
+        folder: of the run.
+        info: likewise.
+        excess: whether a reference model was evaluated on every batch.
+        evaluations: whole ones that the mixer was given besides.
+    """
+    lines = folder.steps
+    tokens = len(lines) * info.batch_size * info.sequence_length
+    measured = evaluations * info.eval_tokens + sum(line.measured_tokens(info.eval_tokens) for line in lines)
+    measured += tokens if excess else 0
+    return {
+        "training": one_cost(tokens, tokens * info.flops_per_token, sum(line.seconds for line in lines)),
+        "measurement": one_cost(measured, measured * info.flops_per_token / 3),
+    }
+
+
+def learning_cost(mixer: Mixer, store: TokenStore) -> dict[str, float]:
+    """What learning a policy cost, as it records; an untrained one cost nothing."""
+    if not isinstance(mixer, PolicyMixer) or mixer.policy.provenance.get("checkpoint") == "untrained":
+        return one_cost()
+    record = mixer.policy.provenance
+    tokens, flops = record.get("learning_tokens", 0), record.get("learning_flops")
+    if flops is None:  # of a policy that was exported before that was recorded
+        flops = tokens * _proxy_flops(record.get("config", {}), store)
+    return one_cost(tokens, flops, record.get("learning_seconds", 0.0))
+
+
+def _proxy_flops(config: Mapping[str, Any], store: TokenStore) -> float:
+    """Model FLOPs per token of the proxy that a policy was learned on; 0 where that is not known any more."""
+    if config.get("surrogate") or not {"proxy", "sequence_length"} <= config.keys():
+        return 0.0
+    from acodm_env.pretrain.models import flops_per_token_of
+
+    try:
+        return flops_per_token_of(config["proxy"], store.vocab_size, config["sequence_length"])
+    except AcodmError:  # its configuration is not here
+        return 0.0

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from acodm_env.errors import ConfigError, DataError
 from acodm_env.files import atomic_file, clear_leftovers, disk_errors, read_json, write_json
 from acodm_env.lock import HOLDER, LOCK
+from acodm_env.run_log import EvaluationLine, LogLine, StepLine, numbered, read_log
 
 PACKAGES = (
     "acodm",
@@ -27,7 +28,7 @@ PACKAGES = (
     "accelerate",
     "numpy",
 )
-LOGS = ("stats.jsonl", "eval.jsonl")
+LOGS: tuple[type[LogLine], ...] = (StepLine, EvaluationLine)
 RESULTS = ("result.json", "model", "policy", "evaluation.json", "evaluation")
 
 
@@ -60,20 +61,21 @@ class Listener(Protocol):
     def rewound(self, step: int) -> None:
         """The run goes on from `step`; what was logged after it is forgotten."""
 
-    def appended(self, log: str, record: Mapping[str, Any]) -> None:
-        """A line was appended to `stats.jsonl` or `eval.jsonl`."""
+    def appended(self, line: LogLine) -> None:
+        """A line was appended to its log."""
 
 
 class RunFolder:
     """The folder of one run; opening it again with the same configuration resumes it."""
 
-    def __init__(self, path: str | Path, config: Mapping[str, Any], *, adapt: bool = False):
+    def __init__(self, path: str | Path, config: Mapping[str, Any], *, adapt: bool = False, command: str = ""):
         """Create or re-open.
 
         Args:
             path: the folder.
             config: settings of the run.
             adapt: let them differ from those recorded there, until `adopt` records them.
+            command: that makes the run, for the record.
 
         Raises:
             DataError: the folder holds another run, or something that is no run.
@@ -81,11 +83,12 @@ class RunFolder:
         self.path = Path(path)
         self.config: dict[str, Any] = json.loads(json.dumps(config))
         self.listener: Listener | None = None
+        self._command = {"command": command} if command else {}
         if not check_folder(path, self.config, adapt=adapt):
-            write_json(
-                self.path / "config.json",
-                {"config": self.config, "versions": versions(), "git_commit": git_commit()},
-            )
+            write_json(self.path / "config.json", self._record())
+
+    def _record(self) -> dict[str, Any]:
+        return {"config": self.config, **self._command, "versions": versions(), "git_commit": git_commit()}
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -93,42 +96,41 @@ class RunFolder:
         file = self.path / "result.json"
         return read_json(file) if file.exists() else None
 
-    def lines(self, name: str) -> list[dict[str, Any]]:
-        """Records of `stats.jsonl` or `eval.jsonl`; a last line cut short by an interruption is dropped."""
-        return [record for _, record in self._read(name)]
+    @property
+    def steps(self) -> list[StepLine]:
+        """Lines of `stats.jsonl`, read now.
 
-    def _read(self, name: str) -> list[tuple[str, dict[str, Any]]]:
-        """Whole lines, each as text and record."""
-        file = self.path / name
-        found: list[tuple[str, dict[str, Any]]] = []
-        for line in file.read_text().splitlines() if file.exists() else ():
-            try:
-                found.append((line, json.loads(line)))
-            except json.JSONDecodeError:
-                break
-        return found
+        Raises:
+            DataError: one is damaged; says which.
+        """
+        return read_log(self.path, StepLine)
 
-    def append(self, name: str, record: Mapping[str, Any]) -> None:
-        """Append one JSON line."""
-        file = self.path / name
+    @property
+    def evaluations(self) -> list[EvaluationLine]:
+        """Lines of `eval.jsonl`, likewise."""
+        return read_log(self.path, EvaluationLine)
+
+    def append(self, line: LogLine) -> None:
+        """Append a line to its log."""
+        file = self.path / line.log
         with disk_errors(file), file.open("a") as stream:
-            stream.write(json.dumps(record, allow_nan=False) + "\n")
+            stream.write(json.dumps(line.record(), allow_nan=False) + "\n")
         if self.listener is not None:
-            self.listener.appended(name, record)
+            self.listener.appended(line)
 
     def rewind(self, step: int) -> None:
         """Forget what was logged after `step`: the resumed run does it again."""
-        for name in LOGS:
-            clear_leftovers(self.path, name)
-            kept = [line for line, record in self._read(name) if record["step"] <= step]
-            with atomic_file(self.path / name) as file:
-                file.write("".join(f"{line}\n" for line in kept).encode())
+        for kind in LOGS:
+            clear_leftovers(self.path, kind.log)
+            kept = [text for text, line in numbered(self.path / kind.log, kind) if line.step <= step]
+            with atomic_file(self.path / kind.log) as file:
+                file.write("".join(f"{text}\n" for text in kept).encode())
         if self.listener is not None:
             self.listener.rewound(step)
 
     def sync(self) -> None:
         """Have the logs on the disk: a checkpoint must not know more than they do."""
-        for name in LOGS:
+        for name in (kind.log for kind in LOGS):
             if (self.path / name).exists():
                 handle = os.open(self.path / name, os.O_RDONLY)
                 os.fsync(handle)
@@ -146,12 +148,11 @@ class RunFolder:
             return
         archive = self._new_archive(step)
         write_json(archive / "config.json", record)
-        for name in (*RESULTS, *(LOGS if {"domains", "targets"} & changed.keys() else ())):
+        for name in (*RESULTS, *([kind.log for kind in LOGS] if {"domains", "targets"} & changed.keys() else ())):
             if (self.path / name).exists():
                 (self.path / name).rename(archive / name)
         adapted = [*record.get("adapted", []), {"step": step, "changed": changed}]
-        now = {"config": self.config, "versions": versions(), "git_commit": git_commit(), "adapted": adapted}
-        write_json(self.path / "config.json", now)
+        write_json(self.path / "config.json", self._record() | {"adapted": adapted})
 
     def _new_archive(self, step: int) -> Path:
         """An empty folder for what was there before: ``before-step-00000120``, then ``before-step-00000120-2``, …"""

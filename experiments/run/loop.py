@@ -5,7 +5,7 @@ run goes on from is done again.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from acodm_env.errors import ConfigError, DataError
 from acodm_env.experiments.console import note
 from acodm_env.experiments.run.checkpoints import Checkpoint, Checkpoints
 from acodm_env.experiments.run.folder import RunFolder, differences, recorded_config
-from acodm_env.experiments.run.override import Hand, Steered
+from acodm_env.experiments.run.override import OverriddenMixer, WeightOverride
 from acodm_env.experiments.run.preemption import Preempted, never
-from acodm_env.step_stats import Array, StepStats
+from acodm_env.run_log import EvaluationLine, LogLine, StepLine, plain
+from acodm_env.step_stats import StepStats
 from acodm_env.trainer import Mixer, Trainer, drive
 from acodm_env.wrapper import innermost
 
@@ -57,12 +58,12 @@ def run_mixer(
     evaluations: int,
     on_step: Callable[[StepStats], None] = lambda stats: None,
     saving: Saving | None = None,
-    hand: Hand | None = None,
+    override: WeightOverride | None = None,
 ) -> None:
     """Train to the horizon under `mixer`, logging into `folder` and resuming where an interruption left off.
 
     Evaluates on the test split at least `evaluations` times, evenly spaced, at the start and at the end; never if 0.
-    `hand` is the operator's, if one may change the mixture.
+    `override` is the operator's, if one may change the mixture.
 
     Raises:
         DataError: the checkpoints are another run's or not whole; no space is left, and which checkpoint stays.
@@ -73,7 +74,7 @@ def run_mixer(
     evaluate_every = max(1, horizon // evaluations) if evaluations else 0
     save_every = saving.every or interval * max(1, horizon // (10 * interval))
     checkpoints = Checkpoints(folder.path / "checkpoints", saving.keep)
-    steered = Steered(mixer, hand)
+    steered = OverriddenMixer(mixer, override)
     trainer.reset(np.random.default_rng(seed))
     steered.start(trainer.info)
     resume(folder, trainer, steered, checkpoints, adapt=saving.adapt)
@@ -94,15 +95,14 @@ def run_mixer(
 
     if trainer.steps_done < horizon:
         end_if_asked(trainer.steps_done, saved=True)
-    done = [record["step"] for record in folder.lines("eval.jsonl")]
+    done = [line.step for line in folder.evaluations]
     if trainer.steps_done not in done:
         evaluate_if_due(trainer.steps_done, last=not done)
     if trainer.steps_done < horizon:
         end_if_asked(trainer.steps_done, saved=True)
     for stats, seconds in _timed(drive(trainer, steered, horizon - trainer.steps_done)):
-        timing = {"seconds_decision": steered.take_seconds()}
-        record = stats_record(stats, seconds) | timing | steered.diagnostics()
-        append(folder, checkpoints, "stats.jsonl", record)
+        deciding = steered.take_seconds()
+        append(folder, checkpoints, StepLine.of_step(stats, seconds, deciding, steered.diagnostics()))
         on_step(stats)
         if stats.skipped or stats.diverged:
             note(nonfinite(stats, trainer.info.domains, checkpoints))
@@ -117,16 +117,16 @@ def run_mixer(
             end_if_asked(stats.step, saved=due)
 
 
-def append(folder: RunFolder, checkpoints: Checkpoints, name: str, record: dict[str, Any]) -> None:
-    """Append a line to a log of the run.
+def append(folder: RunFolder, checkpoints: Checkpoints, line: LogLine) -> None:
+    """Append a line to its log.
 
     Raises:
         DataError: there is no space left, and which checkpoint stays.
     """
     try:
-        folder.append(name, record)
+        folder.append(line)
     except DataError as error:
-        raise DataError(f"{folder.path / name}: {checkpoints.still_there(error)}") from error
+        raise DataError(f"{folder.path / line.log}: {checkpoints.still_there(error)}") from error
 
 
 def resume(folder: RunFolder, trainer: Trainer, mixer: Mixer, checkpoints: Checkpoints, *, adapt: bool = False) -> None:
@@ -249,44 +249,5 @@ def log_evaluation(folder: RunFolder, checkpoints: Checkpoints, trainer: Trainer
     started = time.perf_counter()
     losses = trainer.evaluate("test")
     seconds = time.perf_counter() - started
-    record = {"step": step, "losses": _plain(losses), "targets": list(trainer.info.targets), "seconds": seconds}
-    append(folder, checkpoints, "eval.jsonl", record)
-
-
-def stats_record(stats: StepStats, seconds: float) -> dict[str, Any]:
-    """A step as a line of `stats.jsonl`."""
-    return {
-        "step": stats.step,
-        "tokens": stats.tokens,
-        "requested": _plain(stats.requested),
-        "realised": _plain(stats.realised),
-        "losses": _plain(stats.losses),
-        "loss_weights": None if stats.loss_weights is None else _plain(stats.loss_weights),
-        "eval_losses": None if stats.eval_losses is None else _plain(stats.eval_losses),
-        "eval_tokens": stats.eval_tokens,
-        "epochs": _plain(stats.epochs),
-        "loss": _plain(np.array(stats.loss)),
-        "grad_norm": _plain(np.array(stats.grad_norm)),
-        "lr": _plain(np.array(stats.lr)),
-        "decision": stats.decision,
-        "mixture_age": stats.mixture_age,
-        "diverged": stats.diverged,
-        "skipped": stats.skipped,
-        "seconds": seconds,
-        **{f"seconds_{part}": value for part, value in stats.seconds.items()},
-    }
-
-
-def measured_tokens(record: Mapping[str, Any], whole: int) -> int:
-    """Held-out tokens that a mixer had read after a step, of its line in `stats.jsonl`.
-
-    Args:
-        record: the line.
-        whole: tokens of a whole evaluation, which lines that do not say it are charged.
-    """
-    return int(record.get("eval_tokens", 0 if record["eval_losses"] is None else whole))
-
-
-def _plain(values: Array) -> Any:
-    """Numbers as JSON has them: what is not finite is null."""
-    return np.where(np.isfinite(values), values, None).tolist()  # type: ignore[call-overload]
+    targets = list(trainer.info.targets)
+    append(folder, checkpoints, EvaluationLine(step=step, losses=plain(losses), targets=targets, seconds=seconds))

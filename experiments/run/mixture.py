@@ -41,7 +41,7 @@ def run(config: MixtureConfig) -> None:
         DataError: the run has not trained a step.
     """
     folder = open_run(config.run)
-    if not folder.lines("stats.jsonl"):
+    if not folder.steps:
         raise DataError(f"run={config.run}: has no steps in stats.jsonl; train it first")
     mixtures = time_averaged(folder)
     texts = {

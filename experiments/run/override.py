@@ -81,7 +81,7 @@ class Override:
         return normalised
 
 
-class Hand:
+class WeightOverride:
     """The operator's hand on one run: reads the file in its folder, and applies what it wants."""
 
     def __init__(self, folder: str | Path, domains: tuple[str, ...], clock: Callable[[], float] = time.monotonic):
@@ -146,12 +146,12 @@ class Hand:
         note(f"override from step {step + 1}: {json.dumps(wanted) if wanted else 'none any more'}")
 
 
-class Steered(Mixer):
+class OverriddenMixer(Mixer):
     """A mixer with a clock for what its decisions take, and under the operator's hand where there is one."""
 
-    def __init__(self, inner: Mixer, hand: Hand | None = None):
+    def __init__(self, inner: Mixer, override: WeightOverride | None = None):
         """Take the mixer that decides."""
-        self.inner, self.hand = inner, hand
+        self.inner, self.override = inner, override
         self.name, self.needs, self.paper, self.dynamic = inner.name, inner.needs, inner.paper, inner.dynamic
         self.probe_sequences = inner.probe_sequences
         self.step = 0
@@ -171,8 +171,8 @@ class Steered(Mixer):
         """The inner mixer's mixture (K,), itself if nothing is overridden."""
         started = time.perf_counter()
         weights = self.inner.weights()
-        if self.hand is not None:
-            weights = self.hand.on(weights, self.step)
+        if self.override is not None:
+            weights = self.override.on(weights, self.step)
         self._seconds += time.perf_counter() - started
         return weights
 
@@ -194,7 +194,7 @@ class Steered(Mixer):
 
     def diagnostics(self) -> dict[str, float]:
         """The inner mixer's, and whether a hand is on the mixture."""
-        return self.inner.diagnostics() | (self.hand.diagnostics() if self.hand else {})
+        return self.inner.diagnostics() | (self.override.diagnostics() if self.override else {})
 
     def state_dict(self) -> dict[str, Any]:
         """The inner mixer's; what the operator wants stands in the file."""

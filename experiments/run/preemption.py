@@ -23,7 +23,7 @@ class Preempted(Exception):
 
 
 @contextmanager
-def heeding_sigterm() -> Iterator[Callable[[], bool]]:
+def catch_sigterm() -> Iterator[Callable[[], bool]]:
     """Let SIGTERM set a mark instead of ending the process; yields what tells whether it is set.
 
     In another thread than the main one, where Python allows no handlers, the mark is never set.

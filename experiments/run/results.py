@@ -1,6 +1,6 @@
 """From runs to numbers and a picture: the stable fields of `result.json`, and `report.png`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +10,15 @@ from acodm_env.experiments.run.folder import RunFolder
 from acodm_env.files import atomic_file
 from acodm_env.objective import describe, value
 from acodm_env.render import plot_mixture
+from acodm_env.run_log import array
 from acodm_env.step_stats import Array
 from acodm_env.trainer import RunInfo
 
 
 def curve(run: RunFolder) -> tuple[Array, Array]:
     """Steps (E,) and per-target test losses (E, M) of a run's evaluations."""
-    records = run.lines("eval.jsonl")
-    losses = [[np.nan if x is None else x for x in record["losses"]] for record in records]
-    return np.array([record["step"] for record in records], dtype=np.float64), np.array(losses, dtype=np.float64)
+    lines = run.evaluations
+    return np.array([line.step for line in lines], dtype=np.float64), array([line.losses for line in lines])
 
 
 def mean_perplexity(losses: Array) -> Array:
@@ -60,9 +60,9 @@ def mixer_result(run: RunFolder, reference: RunFolder | None) -> dict[str, Any]:
     crossing.
     """
     steps, losses = curve(run)
-    records = run.lines("stats.jsonl")
-    targets = run.lines("eval.jsonl")[-1]["targets"]
-    if records[-1]["diverged"]:  # an earlier, finite evaluation is not what this run leads to
+    lines = run.steps
+    targets = run.evaluations[-1].targets
+    if lines[-1].diverged:  # an earlier, finite evaluation is not what this run leads to
         losses[-1] = np.nan
     ratio = None
     if reference is not None:
@@ -78,10 +78,10 @@ def mixer_result(run: RunFolder, reference: RunFolder | None) -> dict[str, Any]:
         "mean_perplexity": _finite(perplexity),
         "domain_loss_nats": {name: _finite(loss) for name, loss in zip(targets, losses[-1], strict=True)},
         "steps_to_reference_ratio": ratio,
-        "seconds_per_step": float(np.median([record["seconds"] for record in records])),
-        "diverged": bool(records[-1]["diverged"]),
-        "final_exploration": records[-1].get("exploration"),
-        "overridden_steps": sum("overridden" in record for record in records),
+        "seconds_per_step": float(np.median([line.seconds for line in lines])),
+        "diverged": lines[-1].diverged,
+        "final_exploration": lines[-1].diagnostics.get("exploration"),
+        "overridden_steps": sum("overridden" in line.diagnostics for line in lines),
     }
 
 
@@ -92,8 +92,8 @@ def objective_result(run: RunFolder) -> dict[str, Any]:
     the worst domain is the largest loss of a target with a positive weight. All null if the run diverged.
     """
     _, losses = curve(run)
-    records = run.lines("stats.jsonl")
-    diverged = bool(records[-1]["diverged"])
+    lines = run.steps
+    diverged = lines[-1].diverged
     final = np.full(losses.shape[1], np.nan) if diverged else losses[-1]
     weights = np.array(run.config["objective"])
     return {
@@ -105,8 +105,8 @@ def objective_result(run: RunFolder) -> dict[str, Any]:
         "mean_perplexity": _finite(np.exp(final) @ weights),
         "worst_domain_loss_nats": _finite(final[weights > 0].max()),
         "domain_loss_nats": {name: _finite(loss) for name, loss in zip(run.config["targets"], final, strict=True)},
-        "final_exploration": records[-1].get("exploration"),
-        "seconds_per_step": float(np.median([record["seconds"] for record in records])),
+        "final_exploration": lines[-1].diagnostics.get("exploration"),
+        "seconds_per_step": float(np.median([line.seconds for line in lines])),
     }
 
 
@@ -170,9 +170,9 @@ def _draw_objective(ax: Any, runs: Mapping[str, RunFolder], begin: float) -> Non
 
 
 def _draw_mixture(ax: Any, run: RunFolder) -> None:
-    records = run.lines("stats.jsonl")
-    mixture = np.array([record["requested"] for record in records])  # realised to within one sequence per domain
-    plot_mixture(ax, [record["step"] for record in records], mixture, run.config["domains"])
+    lines = run.steps
+    mixture = array([line.requested for line in lines])  # realised to within one sequence per domain
+    plot_mixture(ax, [line.step for line in lines], mixture, run.config["domains"])
     ax.set_ylabel("")
     ax.set_xlabel("optimiser step")
     ax.margins(x=0)
@@ -180,8 +180,7 @@ def _draw_mixture(ax: Any, run: RunFolder) -> None:
 
 def time_averaged(run: RunFolder) -> dict[str, dict[str, float]]:
     """A run's mixtures by name: the mean over steps of what was requested, and the last one."""
-    records: Sequence[Mapping[str, Any]] = run.lines("stats.jsonl")
-    requested = np.array([record["requested"] for record in records])
+    requested = array([line.requested for line in run.steps])
     domains = run.config["domains"]
     return {
         "time_averaged": dict(zip(domains, requested.mean(0).tolist(), strict=True)),

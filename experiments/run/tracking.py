@@ -40,11 +40,13 @@ from uuid import uuid4
 
 import numpy as np
 
+from acodm_env.config import split_names
 from acodm_env.errors import ConfigError, DataError, unknown
 from acodm_env.experiments.console import note
-from acodm_env.experiments.run.folder import LOGS, RunFolder, recorded_config
+from acodm_env.experiments.run.folder import RunFolder, recorded_config
 from acodm_env.experiments.run.results import mean_perplexity
 from acodm_env.files import read_json, write_json
+from acodm_env.run_log import EvaluationLine, LogLine, StepLine
 
 SERVICES = ("tensorboard", "wandb", "trackio", "mlflow")
 """Names of trackers, each that of its package and of our extra too."""
@@ -52,12 +54,7 @@ FILE = "tracking.json"
 """In the run's folder: its id and name, a digest of the settings, and, by service, what that calls it (`services`), how
 many runs were opened there (`opened`), and, only where the last was ended well, the last step by log (`ended`)."""
 _BY_DOMAIN = {"realised": "mixture", "requested": "requested", "losses": "loss"}
-_TARGET = ("loss", "lr", "grad_norm", "tokens")
-_SHARED = (
-    *("step", "loss_weights", "eval_losses", "epochs", "decision", "mixture_age", "diverged", "skipped", "seconds"),
-    *_TARGET,
-    *_BY_DOMAIN,
-)
+_TARGET = ("loss", "lr", "grad_norm", "tokens", "eval_tokens")
 _FOREIGN = re.compile(r"[^\w\-./ :]")  # MLflow refuses a key with any other character
 
 
@@ -74,7 +71,7 @@ def trackers(text: str) -> tuple[str, ...]:
         return ("tensorboard",) if _installed("tensorboard") else ()
     if text == "none":
         return ()
-    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    names = tuple(dict.fromkeys(split_names(text))) or (text,)
     for name in names:
         if name not in SERVICES:
             unknown("track", name, SERVICES if len(names) > 1 else ("auto", "none", *SERVICES))
@@ -151,29 +148,30 @@ class Tracking:
                 if name != "tensorboard":  # whose files have every line as soon as it is told
                     self._tell_what_is_kept(name)
 
-    def appended(self, log: str, record: Mapping[str, Any]) -> None:
+    def appended(self, line: LogLine) -> None:
         """Pass a line on, but not to those that know it from before an interruption."""
         for name in [*self._trackers]:
             with self._left_if_it_fails(name):
-                self._tell(name, log, record)
+                self._tell(name, line)
 
     def _tell_what_is_kept(self, name: str) -> None:
         """Lines of the logs in the order in which they were written, less what the service knows."""
         if recorded_config(self.folder.path).get("domains") != self.folder.config.get("domains"):
             return  # the run is being adapted, and these lines put away
-        kept = [(log, record) for log in LOGS for record in self.folder.lines(log)]
-        for log, record in sorted(kept, key=lambda line: line[1]["step"]):  # of one step, an evaluation is the last
-            self._tell(name, log, record)
+        kept: list[LogLine] = [*self.folder.steps, *self.folder.evaluations]
+        for line in sorted(kept, key=lambda line: line.step):  # of one step, an evaluation is the last
+            self._tell(name, line)
 
-    def _tell(self, name: str, log: str, record: Mapping[str, Any]) -> None:
-        step, tracker = int(record["step"]), self._trackers[name]
-        if step <= self._known[name].get(log, -1):
+    def _tell(self, name: str, line: LogLine) -> None:
+        step, tracker = line.step, self._trackers[name]
+        if step <= self._known[name].get(line.log, -1):
             return
         domains = self.folder.config["domains"]
-        values = evaluation_values(record) if log == "eval.jsonl" else step_values(record, domains)
+        values = step_values(line, domains) if isinstance(line, StepLine) else {}
+        values |= evaluation_values(line) if isinstance(line, EvaluationLine) else {}
         # an evaluation made by who goes on may be of a step that wandb, whose rows are steps, has closed
         tracker.log(values, step=max(step, tracker.tracker.step) if name == "wandb" else step)
-        self._told[name][log] = step
+        self._told[name][line.log] = step
 
     def _count(self, name: str) -> None:
         """One more run at that service."""
@@ -287,33 +285,30 @@ def _has_key(base_url: str) -> bool:
     return found.authenticators(urlsplit(base_url).netloc) is not None
 
 
-def step_values(record: Mapping[str, Any], domains: Sequence[str]) -> dict[str, float]:
-    """What is shown of a line of `stats.jsonl`; what is null there is left out.
+def step_values(line: StepLine, domains: Sequence[str]) -> dict[str, float]:
+    """What is shown of a step; what is null there is left out.
 
     Args:
-        record: the line.
+        line: the step's.
         domains: names (K,) of the training domains.
     """
-    values = {f"target/{name}": record[name] for name in _TARGET}
-    for key, group in _BY_DOMAIN.items():
-        values |= {f"{group}/{name}": value for name, value in zip(domains, record[key], strict=True)}
-    values["seconds/step"] = record["seconds"]
-    for key, value in record.items():
-        if key.startswith("seconds_"):
-            values[f"seconds/{key.removeprefix('seconds_')}"] = value
-        elif key not in _SHARED and isinstance(value, int | float):
-            values[f"agent/{key}"] = value
-    return _shown(values)
+    values = {f"target/{name}": getattr(line, name) for name in _TARGET}
+    for field, group in _BY_DOMAIN.items():
+        values |= {f"{group}/{name}": value for name, value in zip(domains, getattr(line, field), strict=True)}
+    values["seconds/step"] = line.seconds
+    values |= {f"seconds/{part}": value for part, value in line.seconds_by_part.items()}
+    numbers = {key: value for key, value in line.diagnostics.items() if isinstance(value, int | float)}
+    return _shown(values | {f"agent/{key}": value for key, value in numbers.items()})
 
 
-def evaluation_values(record: Mapping[str, Any]) -> dict[str, float]:
-    """What is shown of a line of `eval.jsonl`; the means are left out where a loss (M,) is not finite."""
-    losses = record["losses"]
-    values = {f"eval/{name}": loss for name, loss in zip(record["targets"], losses, strict=True)}
-    values["seconds/evaluation"] = record["seconds"]
-    if None not in losses:
-        values["eval/mean_loss"] = fmean(losses)
-        values["eval/mean_perplexity"] = float(mean_perplexity(np.array(losses)))
+def evaluation_values(line: EvaluationLine) -> dict[str, float]:
+    """What is shown of an evaluation; the means are left out where a loss (M,) is not finite."""
+    values = {f"eval/{name}": loss for name, loss in zip(line.targets, line.losses, strict=True)}
+    values["seconds/evaluation"] = line.seconds
+    finite = [loss for loss in line.losses if loss is not None]
+    if len(finite) == len(line.losses):
+        values["eval/mean_loss"] = fmean(finite)
+        values["eval/mean_perplexity"] = float(mean_perplexity(np.array(finite)))
     return _shown(values)
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from acodm_env.config import split_names
 from acodm_env.errors import ConfigError
 
 LEARNERS = (
@@ -57,4 +58,4 @@ class ContestConfig:
     @property
     def names(self) -> list[str]:
         """Of the learners."""
-        return [name.strip() for name in self.learners.split(",") if name.strip()]
+        return split_names(self.learners)

@@ -9,7 +9,8 @@ import numpy as np
 from acodm_env.errors import ConfigError, DataError, unknown
 from acodm_env.experiments.console import note
 from acodm_env.experiments.run.folder import recorded_config
-from acodm_env.experiments.surrogate.logged_runs import effective, is_finished, read_records, runs_below
+from acodm_env.experiments.surrogate.logged_runs import effective, is_finished, read_logs, runs_below
+from acodm_env.run_log import array
 from acodm_env.step_stats import Array
 from acodm_env.surrogate.calibrated import Record
 
@@ -85,18 +86,18 @@ class _Log:
 
     def __init__(self, path: Path):
         self.path, self.config = path, recorded_config(path)
-        steps, evaluations = read_records(path / "stats.jsonl"), read_records(path / "eval.jsonl")
+        steps, evaluations = read_logs(path)
         try:
-            self.domains, self.targets = tuple(self.config["domains"]), tuple(evaluations[-1]["targets"])
+            self.domains, self.targets = tuple(self.config["domains"]), tuple(evaluations[-1].targets)
             self.cut: Mapping[str, int] = self.config.get("cut") or {}
-            drawn = np.array([record["realised"] for record in steps], dtype=np.float64)
-            self.mixtures = effective(drawn, [record.get("loss_weights") for record in steps])  # (T, K)
-            self.sizes = _sizes(drawn, np.array(steps[-1]["epochs"], dtype=np.float64))
+            drawn = array([line.realised for line in steps])
+            self.mixtures = effective(drawn, [line.loss_weights for line in steps])  # (T, K)
+            self.sizes = _sizes(drawn, array(steps[-1].epochs))
             kept = evaluations
             if len(evaluations) > EVALUATIONS:
                 kept = [evaluations[i] for i in np.linspace(0, len(evaluations) - 1, EVALUATIONS).round().astype(int)]
-            self.steps = np.array([record["step"] for record in kept])
-            self.losses = np.array([record["losses"] for record in kept], dtype=np.float64)  # (E, M)
+            self.steps = np.array([line.step for line in kept])
+            self.losses = array([line.losses for line in kept])  # (E, M)
             shapes = self.mixtures.shape[1], self.losses.shape[1]
             if shapes != (len(self.domains), len(self.targets)):
                 raise ValueError(f"{shapes} values for {len(self.domains)} domains and {len(self.targets)} targets")

@@ -1,6 +1,5 @@
 """Finished runs as courses for `acodm fit-surrogate --from-run`: what was played and learned, and what they share."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from acodm_env.agents.baselines.recorded import MEAN_OF
 from acodm_env.errors import ConfigError, DataError
 from acodm_env.experiments.console import note
 from acodm_env.experiments.run.folder import recorded_config
+from acodm_env.run_log import EvaluationLine, Numbers, StepLine, array, read_log
 from acodm_env.step_stats import Array
 from acodm_env.surrogate.calibration import Course, Setting
 
@@ -56,24 +56,24 @@ class Logs:
                     f"run={path}: must have {name}={self.config.get(name)!r} as the first run has; it has "
                     f"{config.get(name)!r}; fit them apart"
                 )
-        steps, evaluations = read_records(path / "stats.jsonl"), read_records(path / "eval.jsonl")
+        steps, evaluations = read_logs(path)
         try:
-            self.targets = self.targets or tuple(evaluations[0]["targets"])
-            if any(tuple(record["targets"]) != self.targets for record in evaluations):
+            self.targets = self.targets or tuple(evaluations[0].targets)
+            if any(tuple(line.targets) != self.targets for line in evaluations):
                 raise ConfigError(f"run={path}: must have the targets {', '.join(self.targets)}; fit it apart")
-            realised = np.array([record["realised"] for record in steps], dtype=np.float64)
-            self.epochs.append(np.array(steps[-1]["epochs"], dtype=np.float64))
-            later = [record for record in evaluations if record["step"] > 0]
-            first = [record for record in evaluations if record["step"] == 0]
+            realised = array([line.realised for line in steps])
+            self.epochs.append(array(steps[-1].epochs))
+            later = [line for line in evaluations if line.step > 0]
+            first = [line for line in evaluations if line.step == 0]
             return Course(
                 name=str(path),
                 mixer=str(config.get("mixer") or config.get("name") or "policy"),
-                weights=effective(realised, [record.get("loss_weights") for record in steps]),
-                steps=np.array([record["step"] for record in later]),
-                losses=np.array([record["losses"] for record in later], dtype=np.float64),
-                initial=np.array(first[0]["losses"], dtype=np.float64) if first else None,
+                weights=effective(realised, [line.loss_weights for line in steps]),
+                steps=np.array([line.step for line in later]),
+                losses=array([line.losses for line in later]),
+                initial=array(first[0].losses) if first else None,
                 drawn=realised * config["batch_size"],
-                training=np.array([record["losses"] for record in steps], dtype=np.float64),
+                training=array([line.losses for line in steps]),
             )
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise DataError(f"run={path}: its logs lack what a fit needs ({error!r}); leave it out") from error
@@ -150,27 +150,26 @@ def is_finished(path: Path) -> bool:
     """Whether it has a result and did not diverge."""
     if not all((path / name).exists() for name in ("config.json", "result.json", "stats.jsonl")):
         return False
-    return not read_records(path / "stats.jsonl")[-1].get("diverged", True)
+    steps, _ = read_logs(path)
+    return not steps[-1].diverged
 
 
-def read_records(file: Path) -> list[dict[str, Any]]:
-    """Lines of a log.
+def read_logs(path: Path) -> tuple[list[StepLine], list[EvaluationLine]]:
+    """Steps and evaluations of a run.
 
     Raises:
-        DataError: one is no JSON, or there is none.
+        DataError: a line is damaged, or there is none.
     """
-    records = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise DataError(f"{file}, line {number}: is no JSON ({error}); it was edited or cut short") from error
-    if not records:
-        raise DataError(f"{file}: is empty; leave the run out")
-    return records
+    steps, evaluations = read_log(path, StepLine), read_log(path, EvaluationLine)
+    if not (steps and evaluations):
+        raise DataError(
+            f"{path}: must hold a whole line in {StepLine.log} and in {EvaluationLine.log}; one is empty or was cut "
+            f"short; leave the run out"
+        )
+    return steps, evaluations
 
 
-def effective(realised: Array, factors: Sequence[Sequence[float] | None]) -> Array:
+def effective(realised: Array, factors: Sequence[Numbers | None]) -> Array:
     """Mixtures (T, K) that the losses were weighted by: shares drawn × loss weights, rows summing to 1."""
     weighted = [
         row if factor is None else row * np.array(factor) for row, factor in zip(realised, factors, strict=True)

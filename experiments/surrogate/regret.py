@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from acodm_env.config import from_dict
+from acodm_env.config import from_dict, split_names
 from acodm_env.errors import ConfigError
 from acodm_env.experiments.comparison.statistics import Interval, mean_interval, paired_interval
 from acodm_env.experiments.console import progress, say, text_table
@@ -78,14 +78,14 @@ class RegretConfig:
         for name, least in (("seeds", 1), ("unseen", 1), ("training", 1), ("jobs", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at least {least}")
-        for split in self.splits.split(","):
+        for split in split_names(self.splits):
             if split not in ("seen", "unseen"):
                 raise ConfigError(f"splits={self.splits}: must be seen, unseen or both, separated by commas")
 
 
 def run(config: RegretConfig) -> None:
     """Do what is not done yet; print and write the table, the comparisons and the picture."""
-    from acodm_env.experiments.report.regret_figure import draw
+    from acodm_env.experiments.report.pictures import draw_regret
     from acodm_env.experiments.surrogate.regret_jobs import REFERENCES, Cell
 
     setting = _setting(config)
@@ -96,7 +96,7 @@ def run(config: RegretConfig) -> None:
     cells = [
         Cell(name=name, split=split, seed=seed, folder=folder)
         for name in names
-        for split in config.splits.split(",")
+        for split in split_names(config.splits)
         for seed in range(config.seeds)
     ]
     _work(setting, cells, config)
@@ -106,7 +106,7 @@ def run(config: RegretConfig) -> None:
     rows = [(name, split, mean_interval(values[name, split])) for name, split in values]
     rows.sort(key=lambda row: (row[1], -(row[2].mean or 0.0)))
     _write(folder / "regret.csv", rows)
-    draw([row for row in rows if not row[0].startswith("untrained:")], folder / "regret.png")
+    draw_regret([row for row in rows if not row[0].startswith("untrained:")], folder / "regret.png")
     say(_table(rows))
     say()
     say(_comparisons(values, best))
@@ -119,7 +119,7 @@ def _setting(config: RegretConfig) -> "Setting":
     from acodm_env.experiments.surrogate.regret_jobs import Setting
 
     variants = _variants(config.variants)
-    names = [name for name in config.agents.split(",") if name]
+    names = split_names(config.agents)
     contenders = {name: variants.get(name) or Contender(algo=name) for name in names}
     for name, contender in contenders.items():
         _check_algorithm(name, contender.algo)
@@ -169,7 +169,7 @@ def _baselines(config: RegretConfig) -> dict[str, dict[str, Any]]:
 
     surface = Surface.load(config.surface)
     everyone = config.baselines == "all"
-    names = mixer_names() if everyone else [name for name in config.baselines.split(",") if name]
+    names = mixer_names() if everyone else split_names(config.baselines)
     chosen = {}
     for name in names:
         options = dict(config.options.get(name, {}))

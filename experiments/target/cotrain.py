@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
-from acodm_env.config import from_dict
+from acodm_env.config import from_dict, split_names
 from acodm_env.corpus import TokenStore
 from acodm_env.corpus.problem import Problem
 from acodm_env.env import MixtureEnv
@@ -13,18 +13,18 @@ from acodm_env.errors import ConfigError
 from acodm_env.experiments.console import note
 from acodm_env.experiments.policy.config import read_reward
 from acodm_env.experiments.publish.policy_card import without_paths, write_policy_card
-from acodm_env.experiments.run.accounting import run_cost
+from acodm_env.experiments.run.accounting import one_cost, run_cost, running_cost
 from acodm_env.experiments.run.checkpoints import Checkpoints
+from acodm_env.experiments.run.command import command_line
 from acodm_env.experiments.run.folder import RunFolder, git_commit, versions
 from acodm_env.experiments.run.model_folder import save_model
-from acodm_env.experiments.run.override import Hand
-from acodm_env.experiments.run.preemption import Preempted, heeding_sigterm, never
+from acodm_env.experiments.run.override import WeightOverride
+from acodm_env.experiments.run.preemption import Preempted, catch_sigterm, never
 from acodm_env.experiments.run.results import mixer_result
 from acodm_env.experiments.run.tracking import tracked
 from acodm_env.experiments.target.config import TargetConfig
-from acodm_env.experiments.target.cotrain_loop import run_cotrainer
+from acodm_env.experiments.target.cotrain_loop import Recorded, run_cotrainer
 from acodm_env.experiments.target.judging import judge, say_held_out, tell
-from acodm_env.experiments.target.recorded import Recorded
 from acodm_env.experiments.target.run import (
     check_out,
     finished,
@@ -111,7 +111,7 @@ class CotrainConfig(TargetConfig):
 
 def run(config: CotrainConfig) -> None:
     """Learn, train, print the result and where it lies."""
-    with heeding_sigterm() as asked:
+    with catch_sigterm() as asked:
         store = open_store(config)
         try:
             result = cotrain(config, store, stop=asked)
@@ -144,13 +144,13 @@ def cotrain(config: CotrainConfig, store: TokenStore, *, stop: Callable[[], bool
             return None
         if stop():
             raise Preempted("before it began")
-        target = Recorded(led, config.seed, Hand(config.out, led.info.domains), stop)
+        target = Recorded(led, config.seed, WeightOverride(config.out, led.info.domains), stop)
         learner = _learner(config, target)
         learner.policy({})  # an actor that cannot be exported is refused now
         identity = json.loads(json.dumps(_identity(config, problem)))
         check_out(config, identity)
         with claimed(config.out):
-            folder = RunFolder(config.out, identity)
+            folder = RunFolder(config.out, identity, command=command_line("cotrain", config))
             before = finished(config, folder)
             if before is not None and not lacks_model(folder, before):
                 return before
@@ -174,13 +174,20 @@ def _train(
         )
     if not learner.diverged:
         save_model(folder.path / "model", cast("Led", target.inner), problem.store)
-    fields = mixer_result(folder, None)
+    fields, measuring = mixer_result(folder, None), _measuring(learner, target)
+    learning = _learning(config, learner, folder)
     result = {
         "mixer": config.name,
         **fields,
         **judge(config, problem, target, fields),
-        "learning": _learning(config, learner, folder) | {"export_error": _export(learner, folder)},
-        "accounting": run_cost(folder, target) | _measuring(learner, target),
+        "learning": learning | {"export_error": _export(learner, folder)},
+        "accounting": run_cost(folder, target) | measuring,
+        "cost": {
+            **running_cost(folder, target.info),
+            "measurement": one_cost(measuring["measurement_tokens"], measuring["measurement_flops"]),
+            "preparation": one_cost(),
+            "learning": one_cost(seconds=learning["seconds"]),
+        },
         "corpus_fingerprint": problem.store.fingerprint,
         "config": folder.config,
     }
@@ -190,15 +197,14 @@ def _train(
 
 def _learning(config: CotrainConfig, learner: "Cotrainer", folder: RunFolder) -> dict[str, Any]:
     """What was learned, and what it took."""
-    records = folder.lines("stats.jsonl")
     return {
         "algo": config.algo,
         "teacher": config.teacher,
         "start_decisions": config.start_decisions,
         "decisions": learner.decisions,
-        "updates": learner.agent._n_updates,
+        "updates": learner.updates,
         "total_reward": learner.total_reward,
-        "seconds": sum(record["seconds_decision"] for record in records),
+        "seconds": sum(line.seconds_by_part["decision"] for line in folder.steps),
     }
 
 
@@ -229,7 +235,7 @@ def _learner(config: CotrainConfig, target: Trainer) -> "Cotrainer":
     assert config.start_decisions is not None
     env = MixtureEnv(
         target,
-        fields=config.fields.split(",") if config.fields else None,
+        fields=split_names(config.fields) if config.fields else None,
         reward=parse_reward(read_reward(config.reward)),
         action=ActionMap(scale=config.action_scale, floor=config.action_floor),
     )
@@ -247,7 +253,7 @@ def _learner(config: CotrainConfig, target: Trainer) -> "Cotrainer":
 def _measuring(learner: "Cotrainer", target: Trainer) -> dict[str, Any]:
     """What the environment had measured for reward and fields: the held-out losses at every decision, if at all."""
     info = target.info
-    wanted = "validation" in learner.env._needs
+    wanted = "validation" in learner.env.needs
     tokens = learner.decisions * info.eval_tokens if wanted else 0
     trained = max(target.steps_done * info.batch_size * info.sequence_length, 1)
     return {

@@ -69,7 +69,7 @@ def tell(out: str, result: Mapping[str, Any]) -> None:
         out: folder of the run.
         result: its `result.json`.
     """
-    untold = ("config", "domain_loss_nats", "gate", "policy", "learning", "accounting", "certificate", *JUDGED)
+    untold = ("config", "domain_loss_nats", "gate", "policy", "learning", "accounting", "cost", "certificate", *JUDGED)
     told = ("objective_nats", "validation_objective_nats")
     about = [(name, value) for name, value in result.items() if name not in untold or name in told]
     weights = dict(zip(result.get("targets", ()), result.get("objective", ()), strict=True))

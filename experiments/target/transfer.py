@@ -14,11 +14,12 @@ from acodm_env.corpus import TokenStore
 from acodm_env.corpus.problem import Problem
 from acodm_env.errors import ConfigError
 from acodm_env.experiments.console import note, progress, say
-from acodm_env.experiments.run.accounting import measuring_frac, run_cost
+from acodm_env.experiments.run.accounting import learning_cost, measuring_frac, one_cost, run_cost, running_cost
+from acodm_env.experiments.run.command import command_line
 from acodm_env.experiments.run.folder import RunFolder, open_run
 from acodm_env.experiments.run.loop import Saving, run_mixer
-from acodm_env.experiments.run.override import Hand
-from acodm_env.experiments.run.preemption import Preempted, heeding_sigterm, never
+from acodm_env.experiments.run.override import WeightOverride
+from acodm_env.experiments.run.preemption import Preempted, catch_sigterm, never
 from acodm_env.experiments.run.results import mixer_result
 from acodm_env.experiments.run.tracking import tracked
 from acodm_env.experiments.target.certified import Certified, obtain
@@ -54,7 +55,7 @@ CERTIFYING = ("certificate", "certify", "proxy", "proxy_steps", "proxy_seeds")
 
 def run(config: TransferConfig) -> None:
     """Train, print the result and where it lies."""
-    with heeding_sigterm() as asked:
+    with catch_sigterm() as asked:
         mixer = choose_mixer(config)  # before the corpus, which may have to be harvested
         reference = finished_run(config.reference) if config.reference else None
         store = open_store(config)
@@ -100,7 +101,7 @@ def finished_run(path: str) -> RunFolder:
         ConfigError: there is none in `path`, or it has not finished.
     """
     folder = open_run(path)
-    if folder.result is None or not folder.lines("eval.jsonl"):
+    if folder.result is None or not folder.evaluations:
         raise ConfigError(f"reference={path}: must be a finished target run; run its command again to finish it")
     return folder
 
@@ -147,7 +148,7 @@ def transfer(
         if stop():
             raise Preempted("before it began")
         with claimed(config.out):
-            folder = RunFolder(config.out, identity, adapt=config.adapt)
+            folder = RunFolder(config.out, identity, adapt=config.adapt, command=command_line("transfer", config))
             before = finished(config, folder)
             if before is None or lacks_model(folder, before):
                 _train(config, led, mixer, problem, folder, stop)
@@ -169,10 +170,10 @@ def _result(
     fields = mixer_result(folder, reference)
     if before is None:
         fields |= judge(config, problem, trainer, fields)
-        about |= {"accounting": run_cost(folder, trainer)}
+        about |= {"accounting": run_cost(folder, trainer), "cost": _cost(folder, trainer, mixer, problem, about)}
     else:
         fields |= {name: before[name] for name in JUDGED if name in before}
-        about = {name: before.get(name) for name in (*about, "accounting")}
+        about = {name: before.get(name) for name in (*about, "accounting", "cost")}
         if reference is None:
             fields["steps_to_reference_ratio"] = before["steps_to_reference_ratio"]
     driven = isinstance(mixer, PolicyMixer)
@@ -185,6 +186,18 @@ def _result(
     result = {"mixer": mixer.name, **fields, **about}
     write_json(folder.path / "result.json", result)
     return result
+
+
+def _cost(
+    folder: RunFolder, trainer: Trainer, mixer: Mixer, problem: Problem, about: Mapping[str, Any]
+) -> dict[str, dict[str, float]]:
+    """What the run cost, by what it was for, as a benchmark's runs have it; a certificate is its preparation."""
+    certificate = about["certificate"]
+    return {
+        **running_cost(folder, trainer.info, excess="excess" in mixer.needs),
+        "preparation": one_cost(**certificate["cost"]) if certificate else one_cost(),
+        "learning": learning_cost(mixer, problem.store),
+    }
 
 
 def _identity(config: TransferConfig, problem: Problem, mixer: Mixer, certified: Certified | None) -> dict[str, Any]:
@@ -247,7 +260,7 @@ def _train(
             evaluations=config.evaluations,
             on_step=on_step,
             saving=saving,
-            hand=Hand(folder.path, trainer.info.domains),
+            override=WeightOverride(folder.path, trainer.info.domains),
         )
     if diverged:
         note("to go on without such steps: the same command with --on-nonfinite skip; or a new run, with a lower rate")

@@ -10,16 +10,16 @@ from plugin import tiny
 
 from acodm_env.errors import ConfigError
 from acodm_env.experiments.benchmark.config import BenchmarkConfig
-from acodm_env.experiments.benchmark.jobs import _running_cost, run_cell, stores
+from acodm_env.experiments.benchmark.jobs import run_cell, running_cost, stores
 from acodm_env.experiments.benchmark.planning import make_plan
 from acodm_env.experiments.benchmark.settings import shared_settings
-from acodm_env.experiments.comparison.crossing import steps_ratio
+from acodm_env.experiments.comparison.contrasts import steps_ratio
 from acodm_env.experiments.comparison.load import load
 from acodm_env.experiments.comparison.summary import summarise, table_text
 from acodm_env.experiments.report.command import render
-from acodm_env.experiments.run.loop import measured_tokens
 from acodm_env.experiments.run.results import judged, objective_name
-from acodm_env.trainer import Mixer, RunInfo
+from acodm_env.trainer import RunInfo
+from log_lines import step_line
 
 
 def settings_of(corpus, out, **changes):
@@ -105,12 +105,12 @@ def test_a_target_without_weight_need_not_be_known():
 
 
 def test_measurements_are_charged_by_what_they_read():
-    assert measured_tokens({"eval_losses": [1.0, 2.0], "eval_tokens": 16}, 100) == 16
-    assert measured_tokens({"eval_losses": [1.0, 2.0]}, 100) == 100  # logged before that was recorded
-    assert measured_tokens({"eval_losses": None}, 100) == 0
-    lines = [{"eval_losses": [1.0], "eval_tokens": 16, "seconds": 1.0}, {"eval_losses": None, "seconds": 2.0}]
-    folder, mixer = SimpleNamespace(lines=lambda name: lines), SimpleNamespace(needs=Mixer.needs)
-    cost = _running_cost(folder, SimpleNamespace(info=INFO), mixer, evaluations=2)
+    assert step_line(eval_losses=[1.0, 2.0], eval_tokens=16).measured_tokens(100) == 16
+    assert step_line(eval_losses=[1.0, 2.0]).measured_tokens(100) == 100  # logged before that was recorded
+    assert step_line().measured_tokens(100) == 0
+    lines = [step_line(1, eval_losses=[1.0], eval_tokens=16), step_line(2, seconds=2.0)]
+    folder = SimpleNamespace(steps=lines)
+    cost = running_cost(folder, INFO, evaluations=2)
     assert cost["training"] == {"tokens": 64, "flops": 64 * 30.0, "seconds": 3.0}
     assert cost["measurement"] == {"tokens": 216, "flops": 216 * 10.0, "seconds": 0.0}
 

@@ -45,9 +45,9 @@ def certificate(policy, tiny_corpus, tmp_path_factory):
     out, patch = tmp_path_factory.mktemp("certificate") / "out", pytest.MonkeyPatch()
     original = RunFolder.append
 
-    def append(self, name, record):
-        original(self, name, record)
-        if name == "stats.jsonl" and record["step"] == 3 and self.config.get("mixer") == "target-share-0.5":
+    def append(self, line):
+        original(self, line)
+        if line.log == "stats.jsonl" and line.step == 3 and self.config.get("mixer") == "target-share-0.5":
             patch.undo()
             signal.raise_signal(signal.SIGTERM)
 

@@ -10,15 +10,20 @@ from acodm_env.agents.baselines import make_mixer
 from acodm_env.experiments.run.accounting import cost, peak_flops, peak_memory_bytes, run_cost, utilisation
 from acodm_env.experiments.run.folder import RunFolder
 from acodm_env.experiments.run.loop import run_mixer
+from acodm_env.run_log import EvaluationLine
+from log_lines import step_line
 from toy import ToyTrainer
 
-STEP = {"seconds": 0.5, "seconds_data": 0.01, "seconds_train": 0.4, "seconds_probe": 0.02, "seconds_decision": 0.03}
-RECORDS = [{"step": step, "tokens": 100 * step, **STEP} for step in (1, 2)]
-EVALUATIONS = [{"step": 0, "seconds": 0.25}, {"step": 2, "seconds": 0.5}]
+PARTS = {"data": 0.01, "train": 0.4, "probe": 0.02, "decision": 0.03}
+STEP = {"seconds": 0.5, "seconds_by_part": PARTS}
+LINES = [step_line(step, **STEP) for step in (1, 2)]
+EVALUATIONS = [
+    EvaluationLine(step=step, losses=[], targets=[], seconds=seconds) for step, seconds in ((0, 0.25), (2, 0.5))
+]
 
 
 def test_cost_sums_the_logs_of_a_run():
-    found = cost(RECORDS, EVALUATIONS, flops_per_token=6e6, memory=1234)
+    found = cost(LINES, EVALUATIONS, flops_per_token=6e6, memory=1234)
     assert found["tokens"] == 200
     assert found["flops"] == 200 * 6e6
     seconds = {"data": 0.02, "train": 0.8, "probe": 0.04, "decision": 0.06, "validation": 0.0, "evaluation": 0.75}
@@ -31,7 +36,7 @@ def test_cost_sums_the_logs_of_a_run():
 
 def test_rates_are_those_of_the_lines_that_were_kept():
     """A log that begins at step 8, as it does after domains were added: 2 of 9 steps, in 1 s."""
-    kept = [{"step": step, "tokens": 100 * step, **STEP} for step in (8, 9)]
+    kept = [step_line(step, **STEP) for step in (8, 9)]
     found = cost(kept, [], flops_per_token=989.4e12 / 200, device_name="NVIDIA H200", precision="bf16")
     assert found["tokens"] == 900
     assert found["flops"] == pytest.approx(900 * 989.4e12 / 200)
@@ -54,28 +59,28 @@ def test_evaluations_that_a_mixer_asks_for_are_overhead(tmp_path):
     trainer = Slow((0.6, 0.3, 0.1))
     folder = RunFolder(tmp_path, {"domains": list(trainer.info.domains), "mixer": "asking"})
     run_mixer(folder, trainer, Asking(), seed=0, evaluations=4)
-    records = folder.lines("stats.jsonl")
-    assert [r["step"] for r in records if "seconds_validation" in r] == [5, 10, 15, 20]
-    assert all(r["seconds"] > r["seconds_validation"] >= 0.02 for r in records[4::5])
+    lines = folder.steps
+    assert [line.step for line in lines if "validation" in line.seconds_by_part] == [5, 10, 15, 20]
+    assert all(line.seconds > line.seconds_by_part["validation"] >= 0.02 for line in lines[4::5])
     assert run_cost(folder, trainer)["seconds"]["validation"] >= 4 * 0.02
-    line = {"step": 1, "tokens": 100, **STEP, "seconds_validation": 0.1}
+    line = step_line(seconds=0.5, seconds_by_part={**PARTS, "validation": 0.1})
     assert cost([line], [], flops_per_token=1.0)["overhead_frac"] == pytest.approx((0.06 + 0.1) / 0.4)
 
 
 def test_utilisation_is_of_all_devices_together():
     h100 = {"device_name": "NVIDIA H100 80GB HBM3", "precision": "bf16"}
-    found = cost(RECORDS, EVALUATIONS, flops_per_token=989.4e12 / 200, devices=2, **h100)
+    found = cost(LINES, EVALUATIONS, flops_per_token=989.4e12 / 200, devices=2, **h100)
     assert found["mfu"] == pytest.approx(0.5)  # 200 tokens/s use one device's peak, and there are two
     assert found["mfu_unknown"] is None
 
 
 def test_what_was_not_logged_is_null_not_zero():
-    old = [{"step": 1, "tokens": 100, "seconds": 0.5}]
-    found = cost(old, [{"step": 0}], flops_per_token=1.0)
+    old = [step_line(seconds=0.5)]
+    found = cost(old, [EvaluationLine(step=0, losses=[], targets=[])], flops_per_token=1.0)
     assert found["seconds"] == dict.fromkeys(("data", "train", "probe", "decision", "evaluation")) | {"validation": 0.0}
     assert found["overhead_frac"] is None
     assert found["tokens_per_second"] == 200.0
-    partly = cost([RECORDS[0], *old], EVALUATIONS, flops_per_token=1.0)  # resumed by a version that logs more
+    partly = cost([LINES[0], *old], EVALUATIONS, flops_per_token=1.0)  # resumed by a version that logs more
     assert partly["seconds"]["train"] is None
     assert cost([], [], flops_per_token=1.0)["tokens_per_second"] is None
 

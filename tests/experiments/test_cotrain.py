@@ -154,9 +154,9 @@ def at_step(monkeypatch, step, act):
 
     append = RunFolder.append
 
-    def watched(self, name, record):
-        append(self, name, record)
-        if name == "stats.jsonl" and record["step"] == step:
+    def watched(self, line):
+        append(self, line)
+        if line.log == "stats.jsonl" and line.step == step:
             act()
 
     monkeypatch.setattr(RunFolder, "append", watched)

@@ -182,7 +182,7 @@ def test_damaged_runs_are_refused(suite, tmp_path, capsys):
     with pytest.raises(AcodmError, match="must be evaluated after its last step, 20; it was after 16"):
         ProblemLogs([str(odd)])
     (odd / "eval.jsonl").write_text(lines[0][:20])
-    with pytest.raises(AcodmError, match=r"eval\.jsonl, line 1: is no JSON"):
+    with pytest.raises(AcodmError, match="must hold a whole line"):
         ProblemLogs([str(odd)])
     (odd / "eval.jsonl").unlink()
     with pytest.raises(AcodmError, match=r"must have eval\.jsonl, its held-out losses"):

@@ -125,8 +125,11 @@ def change_schedule(path):
     ("edit", "message"),
     [
         (change_schedule, "must have steps=20 as the first run has; it has 40"),
-        (lambda path: (path / "eval.jsonl").write_text("{"), r"eval\.jsonl, line 1: is no JSON"),
-        (lambda path: (path / "stats.jsonl").write_text('{"step": 1, "diverged": false}\n'), "lack what a fit needs"),
+        (lambda path: (path / "eval.jsonl").write_text("{"), "must hold a whole line"),
+        (
+            lambda path: (path / "stats.jsonl").write_text('{"step": 1, "diverged": false}\n'),
+            "line 1: must be a whole line",
+        ),
     ],
 )
 def test_bad_logs_are_refused(logged, tmp_path, edit, message):

@@ -21,6 +21,9 @@ from acodm_env.interaction import InteractionConfig
 from acodm_env.mixture import ActionMap, Bounds
 from acodm_env.policy.dense import Policy
 from acodm_env.policy.load import load_policy
+from acodm_env.run_log import StepLine
+from acodm_env.run_log import read_log as read_steps
+from log_lines import step_line
 
 SIZES = ["--target", "tiny", "--batch_size", "6", "--sequence_length", "32", "--evaluations", "2", "--quiet"]
 WEIGHTS = Weights(architecture="GPTNeoXForCausalLM", num_parameters=1000, context=32, sha256="ab")
@@ -44,21 +47,20 @@ def trained(tiny_corpus, tmp_path_factory):
 
 
 def step(number, tokens, requested, realised, epochs=(0.0, 0.0)):
-    return {"step": number, "tokens": tokens, "requested": requested, "realised": realised, "epochs": list(epochs)}
+    return step_line(number, tokens=tokens, requested=requested, realised=realised, epochs=list(epochs))
 
 
 def write_run(folder, domains, steps):
     folder.mkdir(exist_ok=True)
     config = {"domains": domains, "name": "x"}
     (folder / "config.json").write_text(json.dumps({"config": config, "versions": {}}))
-    (folder / "stats.jsonl").write_text("".join(json.dumps(record) + "\n" for record in steps))
+    (folder / "stats.jsonl").write_text("".join(json.dumps(line.record()) + "\n" for line in steps))
 
 
 def read_log(folder):
     """What `write_run` wrote."""
     record = json.loads((folder / "config.json").read_text())
-    steps = [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
-    return Trained(path=folder, record=record, steps=steps, result={})
+    return Trained(path=folder, record=record, steps=read_steps(folder, StepLine), result={})
 
 
 def test_mixture_by_hand(tmp_path):

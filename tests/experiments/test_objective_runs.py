@@ -14,7 +14,9 @@ from acodm_env.experiments.target.config import TransferConfig
 from acodm_env.experiments.target.transfer import choose_mixer
 from acodm_env.policy.load import load_policy
 from acodm_env.policy.mixer import PolicyMixer
+from acodm_env.run_log import EvaluationLine
 from acodm_env.trainer import RunInfo
+from log_lines import step_line
 
 SIZES = ["--batch_size", 6, "--sequence_length", 32]
 TARGET = ["--target", "tiny", "--steps", 4, "--evaluations", 2, *SIZES]
@@ -119,8 +121,8 @@ def logged(path, losses, **objective):
     """A run with test losses (M,) at steps 0, 10, 20."""
     folder = RunFolder(path, {"domains": ["a", "b"], "mixer": path.name, **objective})
     for step, row in zip((0, 10, 20), losses, strict=True):
-        folder.append("eval.jsonl", {"step": step, "losses": row, "targets": ["a", "b"]})
-    folder.append("stats.jsonl", {"step": 20, "diverged": False, "seconds": 1.0})
+        folder.append(EvaluationLine(step=step, losses=row, targets=["a", "b"]))
+    folder.append(step_line(20))
     return folder
 
 

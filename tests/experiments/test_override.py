@@ -10,7 +10,7 @@ from acodm_env.agents.baselines import make_mixer
 from acodm_env.errors import ConfigError
 from acodm_env.experiments.run.folder import RunFolder
 from acodm_env.experiments.run.loop import run_mixer
-from acodm_env.experiments.run.override import FILE, Hand, Override, Steered
+from acodm_env.experiments.run.override import FILE, OverriddenMixer, Override, WeightOverride
 from acodm_env.experiments.run.results import mixer_result
 from toy import ToyTrainer
 
@@ -98,7 +98,7 @@ def steered(tmp_path):
     clock = Clock()
     info = ToyTrainer((0.5, 0.3, 0.2)).info
     static = make_mixer("static", weights="domain0=0.5,domain1=0.3,domain2=0.2")
-    mixer = Steered(static, Hand(tmp_path, info.domains, clock))
+    mixer = OverriddenMixer(static, WeightOverride(tmp_path, info.domains, clock))
     mixer.start(info)
     mixer.clock = clock
     return mixer
@@ -107,7 +107,7 @@ def steered(tmp_path):
 def test_a_mixers_cheap_measurements_stay_cheap():
     mixer = make_mixer("uniform")
     mixer.probe_sequences = 8
-    assert Steered(mixer).probe_sequences == 8
+    assert OverriddenMixer(mixer).probe_sequences == 8
 
 
 def put(folder, text):
@@ -215,14 +215,14 @@ def test_a_run_under_the_hand(tmp_path):
     folder = RunFolder(tmp_path / "run", {"mixer": "odm-released"})
     put(folder.path, {"pin": {"domain0": 0.5}, "cap": {"domain1": 0.1}})
     trainer = ToyTrainer((0.6, 0.3, 0.1))
-    hand = Hand(folder.path, trainer.info.domains)
-    run_mixer(folder, trainer, make_mixer("odm-released"), seed=0, evaluations=2, hand=hand)
-    records = folder.lines("stats.jsonl")
-    assert len(records) == 20
-    for record in records:
-        assert record["requested"][0] == pytest.approx(0.5)
-        assert record["requested"][1] <= 0.1 + 1e-9
-        assert record["overridden"] == 1.0
+    override = WeightOverride(folder.path, trainer.info.domains)
+    run_mixer(folder, trainer, make_mixer("odm-released"), seed=0, evaluations=2, override=override)
+    lines = folder.steps
+    assert len(lines) == 20
+    for line in lines:
+        assert line.requested[0] == pytest.approx(0.5)
+        assert line.requested[1] <= 0.1 + 1e-9
+        assert line.diagnostics["overridden"] == 1.0
     assert mixer_result(folder, None)["overridden_steps"] == 20
 
 
@@ -231,5 +231,5 @@ def test_without_a_hand_the_file_is_nobodys(tmp_path):
     folder = RunFolder(tmp_path / "run", {"mixer": "uniform"})
     put(folder.path, {"pin": {"domain0": 0.5}})
     run_mixer(folder, ToyTrainer((0.6, 0.3, 0.1)), make_mixer("uniform"), seed=0, evaluations=2)
-    np.testing.assert_allclose([record["requested"] for record in folder.lines("stats.jsonl")], 1 / 3)
+    np.testing.assert_allclose([line.requested for line in folder.steps], 1 / 3)
     assert mixer_result(folder, None)["overridden_steps"] == 0

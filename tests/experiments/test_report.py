@@ -211,7 +211,7 @@ def test_several_runs_of_transfer_make_one_page(tmp_path):
     runs = [fake_transfer(tmp_path / name, name, gain=0.1 * i) for i, name in enumerate(("uniform", "odm-released"))]
     assert acodm("report", *runs, "--quiet") == 0
     text = words((runs[0] / "report.html").read_text())
-    assert "The runs do not record their cost" in text
+    assert "do not record their cost" not in text
     assert "acodm transfer --mixer odm-released" in text
     assert acodm("report", *runs, "--out", tmp_path / "page.html", "--reference", "uniform") == 0
     assert "Steps and cost to reach uniform" in words((tmp_path / "page.html").read_text())

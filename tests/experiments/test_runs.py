@@ -148,13 +148,13 @@ def test_no_space_for_a_checkpoint(tmp_path, monkeypatch):
 def test_no_space_for_a_line(tmp_path, monkeypatch, log):
     append = RunFolder.append
 
-    def limited(self, name, record):
-        if record["step"] == 8 and name == log:
-            with disk_errors(self.path / name), (self.path / name).open("a") as stream:
+    def limited(self, line):
+        if line.step == 8 and line.log == log:
+            with disk_errors(self.path / log), (self.path / log).open("a") as stream:
                 stream.write('{"step": 8, "to')
                 stream.flush()
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        append(self, name, record)
+        append(self, line)
 
     monkeypatch.setattr(RunFolder, "append", limited)
     with pytest.raises(DataError, match=rf"{log}: disk full .* last whole checkpoint, .*step-00000006, stays"):

@@ -86,15 +86,14 @@ def test_killed_target_resumes_to_the_same_numbers(tiny_corpus, tmp_path, monkey
     from acodm_env.experiments.run import loop as runs
 
     assert transfer(tiny_corpus, tmp_path / "whole", "--mixer", "odm-released") == 0
-    record, seen = runs.stats_record, []
+    append = runs.append
 
-    def interrupt(stats, seconds):
-        seen.append(stats.step)
-        if stats.step == 4:
+    def interrupt(folder, checkpoints, line):
+        if line.log == "stats.jsonl" and line.step == 4:
             raise KeyboardInterrupt
-        return record(stats, seconds)
+        append(folder, checkpoints, line)
 
-    monkeypatch.setattr(runs, "stats_record", interrupt)
+    monkeypatch.setattr(runs, "append", interrupt)
     assert transfer(tiny_corpus, tmp_path / "cut", "--mixer", "odm-released") == 1
     monkeypatch.undo()
     assert transfer(tiny_corpus, tmp_path / "cut", "--mixer", "odm-released") == 0

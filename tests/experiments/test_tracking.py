@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 import types
+from dataclasses import replace
 
 import pytest
 from accelerate import tracking as accelerate_tracking
@@ -18,6 +19,7 @@ from acodm_env.experiments import cli
 from acodm_env.experiments.run import tracking
 from acodm_env.experiments.run.folder import RunFolder
 from acodm_env.experiments.run.tracking import evaluation_values, step_values, tracked, trackers
+from acodm_env.run_log import EvaluationLine, StepLine
 
 VARIABLES = ("WANDB_MODE", "WANDB_API_KEY", "MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_NAME")
 
@@ -46,13 +48,16 @@ def tensorboard_scalars(folder):
 
 def test_values_of_a_step_by_hand():
     record = {
-        "step": 7, "tokens": 350, "requested": [0.5, 0.5, 0.0], "realised": [0.4, 0.6, 0.0],
+        "step": 7, "eval_tokens": 16, "tokens": 350, "requested": [0.5, 0.5, 0.0], "realised": [0.4, 0.6, 0.0],
         "losses": [1.0, 2.0, None], "loss_weights": None, "eval_losses": [9.0], "epochs": [0.1, 0.2, 0.0], "loss": 1.5,
         "grad_norm": None, "lr": 0.001, "decision": 3, "mixture_age": 1, "diverged": False, "skipped": 0,
         "seconds": 0.25, "seconds_data": 0.125, "seconds_decision": 0.5, "reward": -1.0, "exploration": 0.75,
     }  # fmt: skip
-    assert step_values(record, DOMAINS) == {
-        "target/loss": 1.5, "target/lr": 0.001, "target/tokens": 350.0, "mixture/domain0": 0.4, "mixture/domain1": 0.6,
+    line = StepLine.of(record)
+    assert line.record() == record  # as it stands in the file
+    assert step_values(line, DOMAINS) == {
+        "target/eval_tokens": 16.0, "target/loss": 1.5,
+        "target/lr": 0.001, "target/tokens": 350.0, "mixture/domain0": 0.4, "mixture/domain1": 0.6,
         "mixture/web _en_": 0.0, "requested/domain0": 0.5, "requested/domain1": 0.5, "requested/web _en_": 0.0,
         "loss/domain0": 1.0, "loss/domain1": 2.0, "seconds/step": 0.25, "seconds/data": 0.125, "seconds/decision": 0.5,
         "agent/reward": -1.0, "agent/exploration": 0.75,
@@ -60,13 +65,13 @@ def test_values_of_a_step_by_hand():
 
 
 def test_values_of_an_evaluation_by_hand():
-    record = {"step": 4, "losses": [1.0, 3.0], "targets": ["a", "b"], "seconds": 0.5}
-    shown = evaluation_values(record)
+    line = EvaluationLine(step=4, losses=[1.0, 3.0], targets=["a", "b"], seconds=0.5)
+    shown = evaluation_values(line)
     mean = pytest.approx((math.e + math.e**3) / 2)
     assert shown == {
         "eval/a": 1.0, "eval/b": 3.0, "seconds/evaluation": 0.5, "eval/mean_loss": 2.0, "eval/mean_perplexity": mean,
     }  # fmt: skip
-    assert evaluation_values(record | {"losses": [1.0, None]}) == {"eval/a": 1.0, "seconds/evaluation": 0.5}
+    assert evaluation_values(replace(line, losses=[1.0, None])) == {"eval/a": 1.0, "seconds/evaluation": 0.5}
 
 
 # --- TensorBoard -----------------------------------------------------------------------------------------------------
@@ -117,14 +122,14 @@ def test_none_writes_nothing(tmp_path):
 
 def test_cost_of_a_step(tmp_path, capsys):
     folder = RunFolder(tmp_path / "run", {"domains": DOMAINS})
-    record = run(tmp_path / "other", "none").lines("stats.jsonl")[0]
+    line = run(tmp_path / "other", "none").steps[0]
     seconds = {}
     for track in ("none", "tensorboard"):
         with tracked(folder, track):
             folder.rewind(0)
             started = time.perf_counter()
             for step in range(1, 201):
-                folder.append("stats.jsonl", record | {"step": step})
+                folder.append(replace(line, step=step))
             seconds[track] = (time.perf_counter() - started) / 200
     with capsys.disabled():
         said = {name: f"{value * 1e3:.2f}" for name, value in seconds.items()}
@@ -149,9 +154,9 @@ def test_commands_track_and_it_is_no_part_of_a_run(tiny_corpus, tmp_path, comman
     arguments = [*command, "--corpus", tiny_corpus, *SIZES, "--quiet", "--device", "cpu", "--out", out]
     append = RunFolder.append
 
-    def cut(self, name, record):
-        append(self, name, record)
-        if record["step"] == 2 and name == "stats.jsonl":
+    def cut(self, line):
+        append(self, line)
+        if line.step == 2 and line.log == "stats.jsonl":
             monkeypatch.undo()
             signal.raise_signal(signal.SIGTERM)
 
@@ -161,7 +166,7 @@ def test_commands_track_and_it_is_no_part_of_a_run(tiny_corpus, tmp_path, comman
     folder = RunFolder(out, json.loads((out / "config.json").read_text())["config"])
     assert "track" not in folder.config
     assert [step for step, _ in tensorboard_scalars(folder)["target/loss"]] == [1, 2]
-    assert len(folder.lines("stats.jsonl")) == 4
+    assert len(folder.steps) == 4
 
 
 def test_a_full_run_by_the_command_has_every_domain(tiny_corpus, tmp_path):
@@ -224,7 +229,7 @@ def test_a_tracker_that_fails_is_left_and_said_once(tmp_path, monkeypatch, capsy
     folder = run(tmp_path / "run", "tensorboard")
     said = capsys.readouterr().err
     assert said.count("tracking by tensorboard ends: OSError: [Errno 28] No space left on device; the run and") == 1
-    assert len(folder.lines("stats.jsonl")) == 20
+    assert len(folder.steps) == 20
     assert len(calls) == (9 if when == "log" else 1)  # evaluations at 0 and 4, steps 1 to 7
 
 
@@ -337,7 +342,7 @@ def test_an_adapted_run_is_another_with_all_that_its_logs_hold(tmp_path, service
 
 def test_lines_of_other_domains_are_not_told(tmp_path, service):
     folder = RunFolder(tmp_path / "run", {"domains": DOMAINS})
-    folder.append("stats.jsonl", run(tmp_path / "other", "none").lines("stats.jsonl")[0])
+    folder.append(run(tmp_path / "other", "none").steps[0])
     adapted = RunFolder(tmp_path / "run", {"domains": DOMAINS[:2]}, adapt=True)
     with tracked(adapted, "mlflow"):
         adapted.rewind(1)

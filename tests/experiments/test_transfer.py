@@ -43,9 +43,9 @@ def until():
     def limit(step):
         original = RunFolder.append
 
-        def append(self, name, record):
-            original(self, name, record)
-            if name == "stats.jsonl" and record["step"] == step:
+        def append(self, line):
+            original(self, line)
+            if line.log == "stats.jsonl" and line.step == step:
                 patch.undo()
                 signal.raise_signal(signal.SIGTERM)
 

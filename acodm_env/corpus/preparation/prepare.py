@@ -15,12 +15,11 @@ import numpy as np
 
 from acodm_env.corpus.document import Document
 from acodm_env.corpus.preparation.encoder import Encoded, Encoder
-from acodm_env.corpus.preparation.origins import FILES, file_states, first_change
 from acodm_env.corpus.preparation.progress import Progress
 from acodm_env.corpus.preparation.settings import Inputs, Preparation
 from acodm_env.corpus.preparation.sources import Source
 from acodm_env.corpus.preparation.splits import Assigned, Assignment, Plan, assign, sample
-from acodm_env.corpus.preparation.staging import Workplace, remove_leftover
+from acodm_env.corpus.preparation.staging import FILES, Workplace, file_states, first_change, remove_leftover
 from acodm_env.corpus.shards import ShardWriter, token_dtype
 from acodm_env.corpus.tokenizer import end_of_document, load_tokenizer, train_tokenizer, vocab_size
 from acodm_env.corpus.tokens import FORMAT_VERSION, TokenStore, fingerprint

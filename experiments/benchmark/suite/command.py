@@ -4,22 +4,22 @@ The same command again runs what is missing and aggregates anew; with other task
 name it adds them.
 """
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from acodm_env.errors import ConfigError
-from acodm_env.experiments.benchmark.config import BenchmarkConfig
+from acodm_env.experiments.benchmark.config import DEFAULTS, BenchmarkConfig
 from acodm_env.experiments.benchmark.jobs import lm_trainer, state_of, stores
 from acodm_env.experiments.benchmark.plan import Entry, Plan
-from acodm_env.experiments.benchmark.planning import command_line, plan_rows
+from acodm_env.experiments.benchmark.planning import plan_rows
 from acodm_env.experiments.benchmark.scheduler import run_unfinished, say_failures
 from acodm_env.experiments.benchmark.settings import shared_settings
 from acodm_env.experiments.benchmark.suite.rows import HALF, LEARNED, Rows, learned, pair, rows_of
 from acodm_env.experiments.benchmark.suite.tasks import Task, tasks_of
 from acodm_env.experiments.benchmark.suite.twins import borrow, same_rows
 from acodm_env.experiments.console import note, say, text_table
+from acodm_env.experiments.run.command import command_line
 from acodm_env.files import read_json, write_json
 from acodm_env.trainer import RunInfo
 
@@ -105,7 +105,7 @@ def plan_task(
     if (out / RECORD).exists():
         same = read_json(out / RECORD)["same"] | same
     _check_policy(out, policy)
-    command = shlex.join(command_line(config))
+    command = command_line("benchmark", config, DEFAULTS)
     different = [entry for entry in entries if entry.name not in same]
     plan = plan_rows(own, different, out, rows.averaged, command, keep)
     if keep:

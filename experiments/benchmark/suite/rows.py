@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from acodm_env.agents.baselines.recorded import MEAN_OF
+from acodm_env.config import split_names
 from acodm_env.errors import ConfigError, unknown
 from acodm_env.experiments.benchmark.plan import Entry
 from acodm_env.experiments.benchmark.suite.tasks import Task
@@ -122,7 +123,7 @@ def rows_of(task: Task, info: RunInfo, policy: list[Entry], wanted: str | None) 
     averages += [AVERAGED] if "mean-of-odm" in task.grid else []
     if wanted is None:
         return Rows(entries=tuple(entries), averaged=tuple(averages))
-    chosen = [name.strip() for name in wanted.split(",") if name.strip()]
+    chosen = split_names(wanted)
     keep = _chooser(chosen, [entry.name for entry in own])
     known = [entry.name for entry in entries] + [MEAN_OF + name for name in averages]
     for name in chosen:

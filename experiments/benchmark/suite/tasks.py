@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from acodm_env.config import from_dict
+from acodm_env.config import from_dict, split_names
 from acodm_env.errors import ConfigError, unknown
 from acodm_env.experiments.console import note
 
@@ -79,7 +79,7 @@ def tasks_of(suite: str, corpora: str, wanted: str | None, sequence_length: int,
     from acodm_env.corpus import open_corpus
 
     found: list[Task] = []
-    for corpus in dict.fromkeys(part.strip() for part in corpora.split(",") if part.strip()):
+    for corpus in dict.fromkeys(split_names(corpora)):
         store = _mixable(corpus, open_corpus(corpus, quiet))
         found += listed(suite_file(suite), corpus, store) or made_for(corpus, store, sequence_length)
     names = [task.name for task in found]
@@ -87,7 +87,7 @@ def tasks_of(suite: str, corpora: str, wanted: str | None, sequence_length: int,
         raise ConfigError(f"corpus={corpora}: two tasks are called {doubled[0]}; give one corpus a folder at a time")
     if wanted is None:
         return found
-    chosen = [name.strip() for name in wanted.split(",") if name.strip()]
+    chosen = split_names(wanted)
     for name in chosen:
         if name not in names:
             unknown("tasks", name, names)

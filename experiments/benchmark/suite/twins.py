@@ -4,7 +4,6 @@ A finished run of another task becomes a run of this one: the logs are the same 
 result is computed anew under this task's objective. Every task evaluates all domains, so nothing is missing.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from acodm_env.experiments.benchmark.suite.rows import OBJECTIVE_FREE
 from acodm_env.experiments.run.folder import RunFolder, recorded_config
 from acodm_env.experiments.run.results import judged, objective_result
 from acodm_env.files import read_json, write_json
+from acodm_env.run_log import array, first_step
 from acodm_env.step_stats import Array
 from acodm_env.trainer import RunInfo
 
@@ -131,13 +131,8 @@ class Source:
         theirs = self.plan.entry(cell.mixer)
         if theirs.is_policy or is_dynamic(theirs) or cell.needs:
             return False
-        log = self.out / cell.folder / "stats.jsonl"
-        if not log.exists():
-            return False
-        with log.open() as file:
-            first = file.readline()
-        played = np.array(json.loads(first)["requested"]) if first.endswith("\n") else np.zeros(len(mixture))
-        return bool(np.abs(played - mixture).max() < SAME_MIXTURE)
+        first = first_step(self.out / cell.folder)
+        return first is not None and bool(np.abs(array(first.requested) - mixture).max() < SAME_MIXTURE)
 
 
 def _target(found: Path, path: Path, settings: Mapping[str, Any], plan: Plan, cell: Cell, info: RunInfo) -> None:

@@ -9,6 +9,7 @@ from acodm_env.errors import ConfigError, DataError
 from acodm_env.files import read_state, write_state
 from acodm_env.trainer import drive
 from acodm_env.wrapper import Lagged
+from log_lines import step_line
 from toy import ToyTrainer
 
 DOMAINS = ["domain0", "domain1"]
@@ -21,7 +22,7 @@ def recorded(folder, requested, loss_weights=None, domains=DOMAINS, cut=""):
     (folder / "config.json").write_text(json.dumps({"config": {"domains": domains}, "versions": {}}))
     factors = loss_weights or [None] * len(requested)
     lines = [
-        json.dumps({"step": step, "requested": row, "loss_weights": factor})
+        json.dumps(step_line(step, requested=row, loss_weights=factor).record())
         for step, (row, factor) in enumerate(zip(requested, factors, strict=True), start=1)
     ]
     (folder / "stats.jsonl").write_text("".join(line + "\n" for line in lines) + cut)
@@ -141,11 +142,11 @@ def test_no_run_and_no_fitting_run_are_refused(tmp_path, name):
         recorded(tmp_path / "nan", [[None, 1.0]]): "line 1: .*finite",
         recorded(tmp_path / "short", [[0.5, 0.5], [1.0]]): "line 2: .*2 finite numbers",
         recorded(tmp_path / "zero", [[1.0, 0.0]], [[0.0, 1.0]]): "line 1: .*not all 0",
-        recorded(tmp_path / "odd", [], cut="[1]\n[1]\n"): "line 1: must have requested",
-        recorded(tmp_path / "edited", [], cut='{"req\n{"requested": [0.5, 0.5]}\n'): "line 1: must be JSON",
+        recorded(tmp_path / "odd", [], cut="[1]\n[1]\n"): "line 1: must be a whole line",
+        recorded(tmp_path / "edited", [], cut='{"req\n{"requested": [0.5, 0.5]}\n'): "line 1: must be a whole line",
     }
     for run, message in cases.items():
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises((ConfigError, DataError), match=message):
             make_mixer(name, run=run).start(ToyTrainer((0.5, 0.5)).info)
 
 

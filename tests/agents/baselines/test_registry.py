@@ -22,6 +22,7 @@ from acodm_env.pretrain.trainer import LMTrainer
 from acodm_env.step_stats import StepStats
 from acodm_env.trainer import RunResult, drive
 from acodm_env.watching import held_out_curve, watched_steps
+from log_lines import step_line
 from toy import ToyTrainer
 
 ROOT = Path(__file__).parents[3]
@@ -65,7 +66,8 @@ def options_of(name, folder):
     if name in ("replay", "mean-of"):
         record = {"config": {"domains": ["domain0", "domain1", "domain2"]}, "versions": {}}
         (folder / "config.json").write_text(json.dumps(record))
-        lines = [{"step": i + 1, "requested": [0.2 + 0.1 * (i % 3), 0.3, 0.5 - 0.1 * (i % 3)]} for i in range(9)]
+        mixtures = [[0.2 + 0.1 * (i % 3), 0.3, 0.5 - 0.1 * (i % 3)] for i in range(9)]
+        lines = [step_line(step, requested=mixture).record() for step, mixture in enumerate(mixtures, start=1)]
         (folder / "stats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         return {"run": str(folder)}
     if name == "policy":
