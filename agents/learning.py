@@ -167,13 +167,16 @@ class Learner:
         self.seconds += time.perf_counter() - started
 
     def _warm_up(self) -> None:
-        """Let the critic learn under the initial policy; its decisions and time count."""
+        """Evaluate the initial policy, which is the best until another is, and let the critic learn under it."""
         started = time.perf_counter()
+        self.venv.reset()
         if not self.checkpoint("initial").exists():
-            self.venv.reset()
             self.save("initial")
+        begun = self.evaluate()
+        self.best_objective = begun["eval_objective"]
+        self.save("best")
         warm_up_critic(self.agent, self.learning.warm_up)
-        self.warm_up = {"init": self.learning.init, "decisions": self.agent.num_timesteps}
+        self.warm_up = {"init": self.learning.init, "decisions": self.agent.num_timesteps, **begun}
         self.agent.num_timesteps = 0  # the budget of episodes is that of learning
         self.seconds += time.perf_counter() - started
 
@@ -182,8 +185,9 @@ class Learner:
         """Optimiser steps of the proxy so far, those of evaluations and of the teacher included; 0 on a surrogate."""
         if env_id_of(self.env) == SURROGATE:
             return 0
-        taught = self.warm_up["decisions"] * self.env.trainer.info.decision_every if self.warm_up else 0
-        return int(sum(row["steps"] + row.get("eval_steps", 0) for row in self.rows)) + taught
+        beforehand = self.warm_up or {"decisions": 0}
+        taught = beforehand["decisions"] * self.env.trainer.info.decision_every + beforehand.get("eval_steps", 0)
+        return int(sum(row["steps"] + row.get("eval_steps", 0) for row in self.rows) + taught)
 
     def policy(self, provenance: Mapping[str, Any]) -> Policy:
         """The agent as it is now, in exported form."""

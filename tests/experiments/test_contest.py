@@ -168,6 +168,13 @@ def test_learning_on_a_proxy_begins_with_the_policy(tmp_path, tiny_corpus):
     np.testing.assert_allclose(
         begun.act(observation), learner.agent.predict(observation, deterministic=True)[0], atol=1e-5
     )
+    objectives = iter([3.0, 4.0])  # of what it began with, and of what it learned
+    learner.evaluate = lambda: {"eval_return": 0.0, "eval_objective": next(objectives), "eval_steps": 8}
     learner.learn()
     assert learner.warm_up["decisions"] >= 4
     assert len(learner.rows) == 1
+    assert learner.steps == 2 * learner.warm_up["decisions"] + 8 + 8 + 8
+    assert (learner.best_objective, learner.rows[-1]["eval_objective"]) == (3.0, 4.0)
+    learner.load_networks("best")  # what it began with stays the best until something better is learned
+    for (one, _, _), (other, _, _) in zip(learner.policy({}).layers, policy.layers, strict=True):
+        np.testing.assert_array_equal(one, other)

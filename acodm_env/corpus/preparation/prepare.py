@@ -1,7 +1,7 @@
 """From documents to a token store: splits, tokenizer, encoding in several processes, shards, a journal.
 
 Documents are read one at a time, encoded by the batch and appended, in their order, so that memory does not grow
-with the corpus; every few seconds the position is committed (`workplace`). A preparation that was killed, ran out of
+with the corpus; every few seconds the position is committed (`staging`). A preparation that was killed, ran out of
 disk or lost its network goes on from there when the same command is given again, and ends with the same bytes.
 """
 
